@@ -1,0 +1,1 @@
+"""The engine: token ids in; tokens, logprobs or vectors out. It knows nothing of HTTP."""

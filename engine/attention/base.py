@@ -1,0 +1,88 @@
+"""The interface every attention backend fills.
+
+A backend owns the layout of its pages (shape, strides, dtype); everyone else knows bytes per block. Once a step it turns
+the ragged batch into metadata; then each layer calls `forward`, which writes the new keys and values and attends.
+
+Names of tensors carry shapes: T tokens of the step, H query heads, K key/value heads, D head size, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from engine.step import KVGroupSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One attention layer as the loader found it. window as in KVGroupSpec; softcap: tanh cap on scores; has_sinks: a learned
+    logit per head that takes probability and gives no value (gpt-oss)."""
+
+    layer_index: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """One step's rows, host side, tokens concatenated in row order without padding.
+
+    Row r has query_lens[r] new tokens at positions context_lens[r] ..; block_tables[group][r] are its page ids (the first
+    ceil((context_len + query_len) / block_size) are valid; SCRATCH_BLOCK_ID where a page has left the window).
+    """
+
+    query_lens: list[int]
+    context_lens: list[int]
+    block_tables: tuple[list[Sequence[int]], ...]
+
+
+class AttentionBackend(Protocol):
+    """Paged attention of all layers. Construct with (layers, groups, block_size, dtype, device)."""
+
+    name: ClassVar[str]
+
+    def allocate(self, num_blocks: Sequence[int]) -> None:
+        """Allocate zeroed pages: num_blocks[g] usable ids 1 .. num_blocks[g] for group g, and scratch page 0."""
+
+    def prepare(self, batch: RaggedBatch) -> Any:
+        """The step's metadata, made once and shared by all layers."""
+
+    def forward(
+        self,
+        layer_index: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        metadata: Any,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write k and v of the step's tokens into their pages, then attend; returns [T, H, D] in q's dtype."""
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy whole pages: (group, source id, target id), all layers of the group."""
+
+
+def group_layers(layers: Sequence[LayerSpec], block_size: int, bytes_per_element: int) -> tuple[KVGroupSpec, ...]:
+    """Layers with equal window, heads and head size form a KV group, in order of first appearance."""
+    members: dict[tuple[int | None, int, int], list[int]] = {}
+    for layer in layers:
+        members.setdefault((layer.window, layer.num_kv_heads, layer.head_dim), []).append(layer.layer_index)
+    return tuple(
+        KVGroupSpec(
+            layer_indices=tuple(indices),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            window=window,
+            bytes_per_block=2 * len(indices) * block_size * num_kv_heads * head_dim * bytes_per_element,
+        )
+        for (window, num_kv_heads, head_dim), indices in members.items()
+    )

