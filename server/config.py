@@ -1,0 +1,278 @@
+"""ServerConfig: the one definition behind YAML files, environment variables and command-line flags.
+
+A value is taken from the first of: flag, environment (`OCTAVO_<NAME>`), `--config` file, `configs/cpu.yaml` or
+`configs/gpu.yaml`, `configs/default.yaml`, the default written here. A name nobody knows is an error that gives the nearest one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from engine.config import (
+    DEVICES,
+    DTYPES,
+    LOAD_FORMATS,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from engine.errors import ConfigError
+
+CONFIGS_DIR = Path(__file__).parent.parent / "configs"
+ENV_PREFIX = "OCTAVO_"
+DEMO_MODEL_NAMES = ("SmolLM2-135M-Instruct", "demo")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _parse_count(value: object) -> object:
+    """'8k' is 8,000 and '8K' is 8,192; the same for m/M, g/G, t/T. Raises ValueError on anything but a whole number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", value.strip()) if isinstance(value, str) else None
+    if match:
+        number = float(match[1]) * _SUFFIXES.get(match[2], 1) if "." in match[1] else int(match[1]) * _SUFFIXES.get(match[2], 1)
+        if number == int(number):
+            return int(number)
+    raise ValueError("must be a whole number, with k, M or G behind it if you like (8k is 8000, 8K is 8192)")
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _parse_list(value: object) -> object:
+    """A comma-separated string (environment) or a list (YAML, flags)."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_parse_count)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+Names = Annotated[list[str], BeforeValidator(_parse_list)]
+
+
+def _setting(default: Any, group: str, description: str, **extra: Any) -> Any:
+    """A field with its help group. Ranges that the engine's own config checks are not written twice."""
+    bounds = {key: extra.pop(key) for key in ("ge", "le", "gt") if key in extra}
+    return Field(default, description=description, json_schema_extra={"group": group, **extra}, **bounds)
+
+
+class ServerConfig(BaseModel):
+    """Every setting of `octavo serve`. `None` leaves the decision to the engine at load."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True
+    )
+
+    model: str = _setting("demo", "model", "a Hub id, a Hugging Face folder, a GGUF file, or demo (SmolLM2-135M-Instruct)")
+    served_model_name: Names = _setting([], "model", "name(s) clients may use for it; the first is the one answered with")
+    revision: str | None = _setting(None, "model", "branch, tag or commit on the Hub")
+    download_dir: str | None = _setting(None, "model", "where downloads go; by default the user's cache")
+    dtype: str = _setting("auto", "model", f"{', '.join(DTYPES)}")
+    load_format: str = _setting("auto", "model", f"{', '.join(LOAD_FORMATS)} (dummy: random weights)")
+    max_model_len: Count | None = _setting(
+        None, "model", "context in tokens (8k = 8000, 8K = 8192); default: the largest that fits"
+    )
+    chat_template: str | None = _setting(None, "model", "a Jinja file, or the template itself, instead of the model's own")
+    generation_config: Literal["auto", "none"] = _setting("auto", "model", "none ignores the model's own sampling defaults")
+
+    host: str = _setting("127.0.0.1", "server", "address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 lets others in")
+    port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
+    api_key: Names = _setting([], "server", "key(s) of which every request but /health must bring one")
+    strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "server", ", ".join(LOG_LEVELS))
+    shutdown_timeout_s: Number = _setting(30.0, "server", "seconds that open streams may go on after SIGTERM", ge=0, le=86400)
+
+    device: str = _setting("auto", "engine", ", ".join(DEVICES))
+    attention_backend: str = _setting("auto", "engine", "attention implementation; auto takes the device's best")
+    num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine; default: the cores it may use")
+    max_num_seqs: Count | None = _setting(None, "engine", "most sequences in one step")
+    max_num_batched_tokens: Count | None = _setting(None, "engine", "most tokens in one step")
+
+    block_size: Count = _setting(16, "KV cache", "tokens in one page, a power of two")
+    enable_prefix_caching: bool = _setting(True, "KV cache", "reuse the pages of equal prompt beginnings")
+    gpu_memory_utilization: Number = _setting(0.90, "KV cache", "share of the card's memory to take in all")
+    cpu_memory_share: Number = _setting(0.30, "KV cache", "on a CPU, share of the memory left after the weights")
+    kv_cache_memory_bytes: Count | None = _setting(None, "KV cache", "bytes for pages (4G = 4 GiB) instead of a share")
+    num_kv_blocks: Count | None = _setting(None, "KV cache", "number of pages instead of any size")
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may give, the one in answers first."""
+        if self.served_model_name:
+            return tuple(self.served_model_name)
+        return DEMO_MODEL_NAMES if self.model == "demo" else (self.model,)
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part. Raises ConfigError where a value is out of range."""
+        return EngineConfig(
+            model=ModelConfig(**self._fields_of(ModelConfig)),
+            cache=CacheConfig(**self._fields_of(CacheConfig)),
+            scheduler=SchedulerConfig(**self._fields_of(SchedulerConfig)),
+            parallel=ParallelConfig(**self._fields_of(ParallelConfig)),
+            device=self.device,
+            attention_backend=self.attention_backend,
+        )
+
+    def _fields_of(self, part: type[msgspec.Struct]) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in part.__struct_fields__ if name in type(self).model_fields}
+
+    def read_chat_template(self) -> str | None:
+        """The text of `chat_template`, read from its file unless it is a template itself. Raises ConfigError."""
+        given = self.chat_template
+        if given is None or "{{" in given or "{%" in given:
+            return given
+        try:
+            return Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {given} cannot be read: {error}", param="chat_template") from None
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where some values come from. `label` turns a key into what the user wrote, for messages."""
+
+    place: str
+    values: dict[str, Any]
+    label: Callable[[str], str]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' (did you mean X?)' or nothing, to end an error about an unknown name."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _check_known(source: _Source) -> None:
+    known = list(ServerConfig.model_fields)
+    for key in source.values:
+        if key not in known:
+            hint = nearest(source.label(key), map(source.label, known))
+            raise ConfigError(f"unknown setting {source.label(key)} in {source.place}{hint}", param=key)
+
+
+def _yaml_source(path: Path) -> _Source:
+    """Reads one YAML file; a null counts as not given. Raises ConfigError when it cannot be read or is not a mapping."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"the configuration file {path} cannot be read: {' '.join(str(error).split())}", param="config"
+        ) from None
+    if not isinstance(content, dict | None):
+        raise ConfigError(f"the configuration file {path} must hold `name: value` lines", param="config")
+    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items() if value is not None}
+    return _Source(str(path), values, lambda key: key)
+
+
+def _env_source(environ: Mapping[str, str]) -> _Source:
+    values = {
+        name.removeprefix(ENV_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX) and name != f"{ENV_PREFIX}CONFIG"
+    }
+    return _Source("the environment", values, lambda key: f"{ENV_PREFIX}{key.upper()}")
+
+
+def flag_name(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field of ServerConfig, in its help group. A flag that is not given leaves nothing behind."""
+    parser.add_argument("model_positional", nargs="?", metavar="MODEL", help=ServerConfig.model_fields["model"].description)
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML file of these settings; stronger than configs/, weaker than flags"
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for key, field in ServerConfig.model_fields.items():
+        extra = field.json_schema_extra
+        name = str(extra["group"]) if isinstance(extra, dict) else "other"
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        text = f"{field.description}" + ("" if field.default in (None, [], False) else f" [{field.default}]")
+        options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if field.annotation is bool:
+            group.add_argument(flag_name(key), action=argparse.BooleanOptionalAction, **options)
+        elif field.default == []:
+            group.add_argument(flag_name(key), nargs="+", metavar="NAME", **options)
+        else:
+            group.add_argument(flag_name(key), metavar=key.rsplit("_", 1)[-1].upper(), **options)
+
+
+def _flag_source(argv: Sequence[str]) -> tuple[_Source, str | None]:
+    """The flags given, and the --config file. Raises ConfigError on an unknown flag or a model given twice."""
+    parser = argparse.ArgumentParser(prog="octavo serve", description="Serve a model over the OpenAI API.", allow_abbrev=False)
+    add_flags(parser)
+    parsed, unknown = parser.parse_known_args(argv)
+    values = vars(parsed)
+    config_path, positional = values.pop("config"), values.pop("model_positional")
+    for argument in unknown:
+        known = [flag_name(key) for key in ServerConfig.model_fields] + ["--config", "--no-enable-prefix-caching"]
+        what = argument.split("=", 1)[0]
+        raise ConfigError(f"unknown argument {what}{nearest(what, known)}; see octavo serve --help", param=what)
+    if positional is not None:
+        if values.get("model", positional) != positional:
+            raise ConfigError(f"two models are given, {positional} and --model {values['model']}: give one", param="model")
+        values["model"] = positional
+    return _Source("the command line", values, flag_name), config_path
+
+
+def has_nvidia_driver(environ: Mapping[str, str]) -> bool:
+    """Whether a card may be used, found out without importing torch (which takes seconds)."""
+    if environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    paths = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/usr/lib/wsl/lib/nvidia-smi")
+    return any(Path(path).exists() for path in paths) or shutil.which("nvidia-smi") is not None
+
+
+def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServerConfig:
+    """Puts the sources together. Raises ConfigError naming the setting and where it was written."""
+    flags, config_path = _flag_source(argv)
+    env = _env_source(environ)
+    config_path = config_path or environ.get(f"{ENV_PREFIX}CONFIG")
+    own = [_yaml_source(Path(config_path).expanduser())] if config_path else []
+    strong = [flags, env, *own]
+    device = next((str(source.values["device"]) for source in strong if "device" in source.values), "auto")
+    on_gpu = device == "cuda" or (device == "auto" and has_nvidia_driver(environ))
+    files = [_yaml_source(CONFIGS_DIR / name) for name in ("gpu.yaml" if on_gpu else "cpu.yaml", "default.yaml")]
+    sources = [*strong, *files]
+    for source in sources:
+        _check_known(source)
+    chosen = {key: source for source in reversed(sources) for key in source.values}
+    try:
+        config = ServerConfig(**{key: source.values[key] for key, source in chosen.items()})
+        config.engine_config()
+    except ValidationError as error:
+        raise _config_error(error, chosen) from None
+    except ConfigError as error:
+        written = chosen.get(error.param or "")
+        where = f"{written.label(error.param or '')} in {written.place}: " if written else ""
+        raise ConfigError(f"{where}{error.message}", param=error.param) from None
+    return config
+
+
+def _config_error(error: ValidationError, chosen: Mapping[str, _Source]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0])
+    source = chosen[key]
+    shown = "" if key == "api_key" else f", got {str(first['input'])[:80]!r}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return ConfigError(f"{source.label(key)} in {source.place}: {reason[0].lower()}{reason[1:]}{shown}", param=key)
