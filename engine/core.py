@@ -1,0 +1,117 @@
+"""EngineCore: the step loop. Schedules, launches, samples and updates; knows requests and the runner, no sockets."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import msgspec
+
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.messages import AddRequest, EngineStats, RequestOutput
+from engine.request import Request
+from engine.sampling_params import choice_seed
+from engine.scheduler import Scheduler
+from engine.step import PendingOutput, Runner
+
+
+class EngineCore:
+    """One model's engine. pipeline_depth: steps launched ahead of the oldest unread result (0 on a CPU, 1 on a GPU).
+
+    eos_token_ids end every request that does not ask to ignore them.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, *, vocab_size: int, eos_token_ids: frozenset[int], pipeline_depth: int
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._pipeline_depth = pipeline_depth
+        self._in_flight: deque[PendingOutput] = deque()
+        self._step_seconds = 0.0
+
+    def add(self, message: AddRequest) -> None:
+        """Queue a request. Raises InvalidRequest (and queues nothing) when it can never be served."""
+        self._check(message)
+        sampling = message.sampling
+        stop_token_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
+        replayed = message.output_token_ids or [[] for _ in range(sampling.n)]
+        self._scheduler.add(
+            [
+                Request(
+                    request_id=message.request_id,
+                    choice_index=i,
+                    token_ids=message.prompt_token_ids + replayed[i],
+                    num_prompt_tokens=len(message.prompt_token_ids),
+                    sampling=sampling,
+                    seed=choice_seed(sampling.seed, i),
+                    stop_token_ids=stop_token_ids,
+                    cache_salt=message.cache_salt,
+                    wants_prompt_logprobs=sampling.prompt_logprobs is not None and i == 0,
+                )
+                for i in range(sampling.n)
+            ]
+        )
+
+    def _check(self, message: AddRequest) -> None:
+        sampling, num_prompt = message.sampling, len(message.prompt_token_ids)
+        if num_prompt == 0:
+            raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
+        out_of_range = [t for t in message.prompt_token_ids if not 0 <= t < self._vocab_size]
+        if out_of_range:
+            raise InvalidRequest(
+                f"the prompt has token id {out_of_range[0]}, allowed are 0 to {self._vocab_size - 1}", param="prompt"
+            )
+        for param, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            for token_id in token_ids:
+                if not 0 <= token_id < self._vocab_size:
+                    raise InvalidRequest(
+                        f"{param} has token id {token_id}, allowed are 0 to {self._vocab_size - 1}", param=param
+                    )
+        if message.output_token_ids and len(message.output_token_ids) != sampling.n:
+            raise InvalidRequest(f"output_token_ids has {len(message.output_token_ids)} lists for {sampling.n} choices")
+        total, context = num_prompt + sampling.max_tokens, self._scheduler.max_model_len
+        if total > context:
+            raise ContextLengthExceeded(
+                f"the context holds {context} tokens, but the prompt has {num_prompt} and {sampling.max_tokens} more are asked "
+                f"for ({total} in all)",
+                param="prompt",
+            )
+        if not self._scheduler.kv_cache.fits(total):
+            fits = self._scheduler.kv_cache.max_request_tokens(context)
+            raise ContextLengthExceeded(
+                f"the KV cache of this server fits {fits} tokens of one request, but the prompt has {num_prompt} and "
+                f"{sampling.max_tokens} more are asked for ({total} in all)",
+                param="prompt",
+            )
+
+    def abort(self, request_id: str, choice_index: int | None = None) -> None:
+        """End a request, or one of its choices, without further output."""
+        self._scheduler.abort(request_id, choice_index)
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_unfinished or bool(self._in_flight)
+
+    def step(self) -> list[RequestOutput]:
+        """Plan and launch one step, and take the result of the oldest one that is due. Returns what became known."""
+        started = time.monotonic()
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            self._runner.launch(plan)
+            self._in_flight.append(self._runner.sample(None))
+        outputs: list[RequestOutput] = []
+        if self._in_flight and (plan is None or len(self._in_flight) > self._pipeline_depth):
+            outputs = self._scheduler.update(self._in_flight.popleft().wait())
+        self._step_seconds += time.monotonic() - started
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """The scheduler's gauges and counters with the time spent in steps."""
+        return msgspec.structs.replace(self._scheduler.stats(), step_seconds=self._step_seconds)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when the books disagree; for tests."""
+        self._scheduler.check_integrity()

@@ -1,0 +1,89 @@
+"""Request: one choice on its way through the engine. `n` choices of one API request are `n` Requests with one request_id."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+
+from engine.messages import TokenLogprobs
+from engine.sampling_params import SamplingParams
+
+_uids = itertools.count(1)
+
+
+class RequestStatus(enum.Enum):
+    """WAITING in the queue; PENDING_FORK until its sibling has computed the prompt; RUNNING in a slot; PREEMPTED: pages given
+    back, a step still in flight; FINISHED, whatever the reason."""
+
+    WAITING = enum.auto()
+    PENDING_FORK = enum.auto()
+    RUNNING = enum.auto()
+    PREEMPTED = enum.auto()
+    FINISHED = enum.auto()
+
+
+class FinishReason(enum.StrEnum):
+    """Why a choice ended, in the words of the API."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One choice. `token_ids` holds prompt and output; `num_computed_tokens` (positions whose keys and values are in pages or
+    scheduled to be) catches up with it, and that is all there is to prefill and decode.
+
+    stop_token_ids: those that end it (the model's and the user's). num_inflight_steps / num_inflight_tokens: scheduled, result
+    not yet known. pending_forks: siblings that wait for this one's prompt. block_hashes: chained hashes of the full blocks, as
+    far as known.
+    """
+
+    request_id: str
+    choice_index: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+    stop_token_ids: frozenset[int]
+    cache_salt: str = ""
+    wants_prompt_logprobs: bool = False
+    uid: int = field(default_factory=lambda: next(_uids))
+    status: RequestStatus = RequestStatus.WAITING
+    slot: int = -1
+    num_computed_tokens: int = 0
+    num_inflight_steps: int = 0
+    num_inflight_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+    pending_forks: list[Request] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    arrival_time_s: float = 0.0
+    first_scheduled_time_s: float | None = None
+    first_token_time_s: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose value is known."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens_ahead(self) -> int:
+        """Known tokens and those that steps in flight will bring."""
+        return len(self.token_ids) + self.num_inflight_tokens
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens after which it ends, stop token or not."""
+        return self.num_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def has_all_tokens_scheduled(self) -> bool:
+        """True when steps in flight already bring its last allowed token."""
+        return self.num_tokens_ahead >= self.max_total_tokens and self.num_computed_tokens >= self.num_prompt_tokens

@@ -1,0 +1,406 @@
+"""Scheduler: which tokens of which requests the next step computes.
+
+There is no prefill phase and no decode phase (iteration-level scheduling after Orca, OSDI '22): every request has
+`num_computed_tokens` catching up with its tokens, and each step spends one token budget over all of them. Decodes are
+served first, then prompts in order of arrival, in chunks of what is left. When pages run out, the youngest request gives
+its own back and computes them again later.
+
+With a pipeline depth of 1 a step is planned while the one before runs: its tokens are counted but not yet known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from engine.kv_cache_manager import KVCacheManager, PrefixHit
+from engine.messages import EngineStats, RequestOutput, TokenLogprobs
+from engine.request import FinishReason, Request, RequestStatus
+from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
+
+
+class _InFlightStep:
+    """A planned step and the requests of its rows and forks, in the order of the runner's output."""
+
+    __slots__ = ("forked", "rows", "step")
+
+    def __init__(self, step: SchedulerOutput) -> None:
+        self.step = step
+        self.rows: list[Request] = []
+        self.forked: list[Request] = []
+
+
+class Scheduler:
+    """Owns the queue, the running list and every token list. Not thread-safe: one engine loop calls it.
+
+    max_model_len: served context, a bound on each request's tokens. max_num_seqs slots, max_num_batched_tokens a step.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        assert max_num_seqs <= max_num_batched_tokens, "every running sequence must be able to get its token in one step"
+        self.kv_cache = kv_cache
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in order of admission: the last one is preempted first
+        self._by_id: dict[str, list[Request]] = {}
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._freed_slots: list[int] = []
+        self._in_flight: deque[_InFlightStep] = deque()
+        self._num_steps = 0
+        self._counts = dict.fromkeys(
+            (
+                "computed_tokens",
+                "prompt_tokens",
+                "cached_prompt_tokens",
+                "generation_tokens",
+                "preemptions",
+                "recomputed_tokens",
+            ),
+            0,
+        )
+
+    # -- in and out of the queue ------------------------------------------------------------------------------------
+
+    def add(self, choices: list[Request]) -> None:
+        """Queue the choices of one request. The first computes the prompt, and the others fork from it; choices that bring
+        output from an earlier engine each go their own way."""
+        now = time.monotonic()
+        for request in choices:
+            request.arrival_time_s = now
+        self._by_id[choices[0].request_id] = list(choices)
+        head, rest = choices[0], choices[1:]
+        fresh = not any(request.num_output_tokens for request in choices) and head.sampling.max_tokens > 0
+        if fresh:
+            for request in rest:
+                request.status = RequestStatus.PENDING_FORK
+            head.pending_forks = rest
+            self._waiting.append(head)
+        else:
+            self._waiting.extend(choices)
+
+    def abort(self, request_id: str, choice_index: int | None = None) -> None:
+        """End choices without output; what they hold is free at once. Unknown ids have finished already."""
+        for request in list(self._by_id.get(request_id, ())):
+            if choice_index is None or request.choice_index == choice_index:
+                self._release_forks(request)
+                self._finish(request)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._by_id)
+
+    # -- plan a step ------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None when nothing can be computed now (idle, or waiting for steps in flight)."""
+        step = SchedulerOutput(step_id=self._num_steps)
+        flight = _InFlightStep(step)
+        budget = self.max_num_batched_tokens
+        num_preemptions = self._counts["preemptions"]
+        for request in self._running_decodes_first():
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted for a row before it
+            num_new = min(budget, request.num_tokens_ahead - request.num_computed_tokens)
+            if num_new > 0 and not request.has_all_tokens_scheduled and self._extend(flight, request, num_new):
+                budget -= num_new
+        if self._counts["preemptions"] == num_preemptions:
+            self._admit_waiting(flight, budget)
+        if not step.slots:
+            return None
+        step.freed_slots, self._freed_slots = self._freed_slots, []
+        self._num_steps += 1
+        self._in_flight.append(flight)
+        return step
+
+    def _running_decodes_first(self) -> list[Request]:
+        decodes = [r for r in self._running if r.num_tokens_ahead - r.num_computed_tokens == 1]
+        prefills = [r for r in self._running if r.num_tokens_ahead - r.num_computed_tokens > 1]
+        return decodes + prefills
+
+    def _extend(self, flight: _InFlightStep, request: Request, num_new: int) -> bool:
+        """Give a running request pages for num_new more tokens and a row in the step, preempting younger ones if need be."""
+        while (new_blocks := self.kv_cache.allocate(request, request.num_computed_tokens + num_new)) is None:
+            victim = self._youngest_not_in(flight)
+            if victim is None:
+                return False  # the rows already planned make progress, and this one gets its turn
+            self._preempt(victim)
+            if victim is request:
+                return False
+        if any(new_blocks):
+            flight.step.new_blocks.append((request.slot, new_blocks))
+        self._add_row(flight, request, num_new)
+        return True
+
+    def _youngest_not_in(self, flight: _InFlightStep) -> Request | None:
+        planned = {request.uid for request in flight.rows}
+        return next((r for r in reversed(self._running) if r.uid not in planned), None)
+
+    def _admit_waiting(self, flight: _InFlightStep, budget: int) -> None:
+        """Start waiting requests in order of arrival. One whose prefix is being computed by another waits, and does not
+        hold up those behind it; one for which there are no pages does."""
+        skipped: list[Request] = []
+        while self._waiting and budget > 0 and self._free_slots:
+            request = self._waiting.popleft()
+            hit = self.kv_cache.find_prefix(request)
+            if hit is None:
+                skipped.append(request)
+                continue
+            num_new = min(budget, request.num_tokens - hit.num_tokens)
+            # Each running request may soon want another page; starting one more is no use if that preempts it again.
+            if not self.kv_cache.can_admit(request, hit, reserve_blocks=len(self._running)):
+                self._waiting.appendleft(request)
+                break
+            self._admit(flight, request, hit, num_new)
+            budget -= num_new
+        self._waiting.extendleft(reversed(skipped))
+
+    def _admit(self, flight: _InFlightStep, request: Request, hit: PrefixHit, num_new: int) -> None:
+        self.kv_cache.admit(request, hit)
+        allocated = self.kv_cache.allocate(request, hit.num_tokens + num_new)
+        assert allocated is not None, "can_admit promised these pages"
+        request.num_computed_tokens = hit.num_tokens
+        first_time = request.first_scheduled_time_s is None
+        if first_time:
+            request.first_scheduled_time_s = time.monotonic()
+            request.num_cached_tokens = min(hit.num_tokens, request.num_prompt_tokens)
+            self._counts["prompt_tokens"] += request.num_prompt_tokens
+            self._counts["cached_prompt_tokens"] += request.num_cached_tokens
+        else:
+            self._counts["recomputed_tokens"] += request.num_tokens - hit.num_tokens
+        self._start(request)
+        flight.step.new_rows.append(self._new_row(request))
+        self._add_row(flight, request, num_new)
+
+    def _start(self, request: Request) -> None:
+        request.slot = self._free_slots.pop()
+        request.status = RequestStatus.RUNNING
+        self._running.append(request)
+
+    def _new_row(self, request: Request) -> NewRow:
+        return NewRow(
+            slot=request.slot,
+            token_ids=np.asarray(request.token_ids, dtype=np.int32),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed_tokens=request.num_computed_tokens,
+            sampling=request.sampling,
+            seed=request.seed,
+            block_ids=self.kv_cache.table(request),
+            stop_token_ids=tuple(request.stop_token_ids),
+        )
+
+    def _add_row(self, flight: _InFlightStep, request: Request, num_new: int) -> None:
+        step = flight.step
+        row = len(step.slots)
+        step.slots.append(request.slot)
+        step.start_positions.append(request.num_computed_tokens)
+        step.num_tokens.append(num_new)
+        if request.wants_prompt_logprobs and request.num_computed_tokens < request.num_prompt_tokens - 1:
+            step.prompt_logprobs_rows.append(row)
+        request.num_computed_tokens += num_new
+        request.num_inflight_steps += 1
+        self._counts["computed_tokens"] += num_new
+        flight.rows.append(request)
+        if request.num_computed_tokens == request.num_tokens_ahead and request.sampling.max_tokens > 0:
+            step.sampled_rows.append(row)
+            request.num_inflight_tokens += 1
+            if request.pending_forks:
+                self._fork(flight, request, row)
+
+    def _fork(self, flight: _InFlightStep, parent: Request, row: int) -> None:
+        """The prompt is done: its further choices start from the same logits, as far as slots and pages reach. The rest
+        queue up at the front and find the full pages of the prompt in the cache."""
+        children, parent.pending_forks = parent.pending_forks, []
+        for i, child in enumerate(children):
+            copies = self.kv_cache.fork(parent, child) if self._free_slots else None
+            if copies is None:
+                self._queue_first(children[i:])
+                break
+            child.num_computed_tokens = child.num_prompt_tokens
+            child.num_cached_tokens = parent.num_cached_tokens
+            child.first_scheduled_time_s = parent.first_scheduled_time_s
+            self._start(child)
+            flight.step.forks.append(Fork(row, self._new_row(child), copies))
+            flight.forked.append(child)
+            child.num_inflight_steps += 1
+            child.num_inflight_tokens += 1
+
+    def _queue_first(self, requests: list[Request]) -> None:
+        for request in reversed(requests):
+            request.status = RequestStatus.WAITING
+            self._waiting.appendleft(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Take a request's pages and slot. It queues again once the steps in flight have told its tokens."""
+        self._counts["preemptions"] += 1
+        request.num_preemptions += 1
+        self._leave_slot(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.prompt_logprobs.clear()
+        if request.num_inflight_steps == 0:
+            self._queue_first([request])
+
+    def _leave_slot(self, request: Request) -> None:
+        self.kv_cache.free(request)
+        self._running.remove(request)
+        self._free_slots.append(request.slot)
+        self._freed_slots.append(request.slot)
+        request.slot = -1
+
+    # -- take a step's result ---------------------------------------------------------------------------------------
+
+    def update(self, result: ModelRunnerOutput) -> list[RequestOutput]:
+        """Append the oldest step's tokens, end what is finished and return what there is to tell."""
+        flight = self._in_flight.popleft()
+        step = flight.step
+        assert result.step_id == step.step_id, "results come in the order of the steps"
+        sampled = dict(zip(step.sampled_rows, zip(result.token_ids, result.logprobs, strict=False), strict=False))
+        outputs: list[RequestOutput] = []
+        for row, request in enumerate(flight.rows):
+            request.num_inflight_steps -= 1
+            if request.status is RequestStatus.RUNNING:
+                request.prompt_logprobs.extend(result.prompt_logprobs.get(row, ()))
+                computed = step.start_positions[row] + step.num_tokens[row]
+                if row not in sampled:
+                    self.kv_cache.mark_computed(request, computed)
+            if row in sampled:
+                self._take_token(request, *sampled[row], outputs)
+            elif _computed_all(request):
+                outputs.append(self._output(request, [], None, FinishReason.LENGTH, None))
+                self._finish(request)
+            self._requeue_if_preempted(request)
+        first_fork = len(step.sampled_rows)
+        for i, request in enumerate(flight.forked, start=first_fork):
+            request.num_inflight_steps -= 1
+            self._take_token(request, result.token_ids[i], result.logprobs[i], outputs)
+            self._requeue_if_preempted(request)
+        return outputs
+
+    def _requeue_if_preempted(self, request: Request) -> None:
+        if request.status is RequestStatus.PREEMPTED and request.num_inflight_steps == 0:
+            self._queue_first([request])
+
+    def _take_token(
+        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, outputs: list[RequestOutput]
+    ) -> None:
+        request.num_inflight_tokens -= 1
+        if request.status is RequestStatus.FINISHED:
+            return  # it ended or was aborted while this step was in flight
+        request.token_ids.append(token_id)
+        self._counts["generation_tokens"] += 1
+        if request.status is RequestStatus.RUNNING:
+            self.kv_cache.mark_computed(request, request.num_tokens - 1)
+        if request.first_token_time_s is None:
+            request.first_token_time_s = time.monotonic()
+        reason = self._finish_reason(request, token_id)
+        stop_token_id = token_id if reason is FinishReason.STOP else None
+        outputs.append(self._output(request, [token_id], logprobs, reason, stop_token_id))
+        if reason is not None:
+            self._finish(request)
+
+    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
+        if token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
+            return FinishReason.STOP
+        if request.num_output_tokens >= request.sampling.max_tokens or request.num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _output(
+        self,
+        request: Request,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        reason: FinishReason | None,
+        stop_token_id: int | None,
+    ) -> RequestOutput:
+        first_index = request.num_output_tokens - len(token_ids)
+        prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if request.wants_prompt_logprobs and first_index == 0:
+            prompt_logprobs = [None, *request.prompt_logprobs]
+            request.wants_prompt_logprobs = False  # told once; if it is preempted from now on, it need not compute them again
+        scheduled_s, first_token_s = request.first_scheduled_time_s, request.first_token_time_s
+        is_first = first_index == 0 and scheduled_s is not None
+        return RequestOutput(
+            request_id=request.request_id,
+            choice_index=request.choice_index,
+            first_token_index=first_index,
+            token_ids=token_ids,
+            logprobs=None if logprobs is None else [logprobs],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=None if reason is None else reason.value,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=request.num_cached_tokens,
+            queue_s=scheduled_s - request.arrival_time_s if is_first and scheduled_s is not None else None,
+            prefill_s=first_token_s - scheduled_s if is_first and scheduled_s and first_token_s else None,
+        )
+
+    def _finish(self, request: Request) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._leave_slot(request)
+        elif request.status is RequestStatus.WAITING:
+            self._waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        siblings = self._by_id[request.request_id]
+        siblings.remove(request)
+        if not siblings:
+            del self._by_id[request.request_id]
+
+    def _release_forks(self, request: Request) -> None:
+        """The request that computes the prompt goes away: the next choice does it instead."""
+        for sibling in self._by_id[request.request_id]:
+            if request in sibling.pending_forks:
+                sibling.pending_forks.remove(request)
+        if request.pending_forks:
+            heir, *rest = request.pending_forks
+            heir.pending_forks, request.pending_forks = rest, []
+            self._queue_first([heir])
+
+    # -- what others may know ---------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters of now; the core adds its step times."""
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=sum(len(choices) for choices in self._by_id.values()) - len(self._running),
+            num_blocks=self.kv_cache.num_blocks,
+            num_referenced_blocks=self.kv_cache.num_referenced_blocks,
+            num_cached_blocks=self.kv_cache.num_cached_blocks,
+            steps=self._num_steps,
+            **self._counts,
+        )
+
+    def unfinished(self) -> Iterator[Request]:
+        """Every choice that has not ended, queued or running."""
+        for choices in self._by_id.values():
+            yield from choices
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless slots, statuses and pages agree."""
+        self.kv_cache.check_integrity()
+        slots = [request.slot for request in self._running]
+        assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot is lost or taken twice"
+        assert all(request.status is RequestStatus.RUNNING for request in self._running)
+        assert all(request.status is RequestStatus.WAITING for request in self._waiting)
+        assert all(request.num_computed_tokens <= request.num_tokens_ahead for request in self.unfinished())
+
+
+def _computed_all(request: Request) -> bool:
+    """Whether a request that asks for no output has its whole prompt computed."""
+    return (
+        request.status is RequestStatus.RUNNING
+        and request.sampling.max_tokens == 0
+        and request.num_computed_tokens == request.num_tokens
+        and request.num_inflight_steps == 0
+    )

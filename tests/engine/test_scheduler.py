@@ -1,0 +1,357 @@
+"""Scheduler and core over a fake runner: what each step computes, and that nothing is lost, shared wrongly or done twice."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.core import EngineCore
+from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.kv_cache_manager import KVCacheManager
+from engine.messages import AddRequest, RequestOutput
+from engine.sampling_params import SamplingParams, choice_seed
+from engine.scheduler import Scheduler
+from tests.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, group
+
+
+@dataclass
+class Harness:
+    """A core over the fake runner, with what it said so far by (request, choice)."""
+
+    num_blocks: int = 64
+    block_size: int = 4
+    max_num_seqs: int = 8
+    max_num_batched_tokens: int = 16
+    max_model_len: int = 200
+    windows: tuple[int | None, ...] = (None,)
+    depth: int = 0
+    caching: bool = True
+    tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    finished: dict[tuple[str, int], str] = field(default_factory=dict)
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        groups = [group(window) for window in self.windows]
+        self.kv = KVCacheManager(
+            groups,
+            [self.num_blocks] * len(groups),
+            block_size=self.block_size,
+            max_step_tokens=self.max_num_batched_tokens * (1 + self.depth),
+            enable_prefix_caching=self.caching,
+        )
+        self.scheduler = Scheduler(
+            self.kv,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self.runner = FakeRunner(groups, self.block_size)
+        self.core = EngineCore(
+            self.scheduler, self.runner, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({2}), pipeline_depth=self.depth
+        )
+
+    def add(self, request_id: str, prompt: list[int], **sampling: object) -> None:
+        params = SamplingParams(**{"max_tokens": 8, **sampling})
+        self.core.add(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=params))
+
+    def step(self) -> list[RequestOutput]:
+        outputs = self.core.step()
+        self.core.check_integrity()
+        for output in outputs:
+            key = (output.request_id, output.choice_index)
+            assert key not in self.finished, "output after the end"
+            known = self.tokens.setdefault(key, [])
+            assert output.first_token_index == len(known)
+            known.extend(output.token_ids)
+            if output.finish_reason:
+                self.finished[key] = output.finish_reason
+        self.outputs.extend(outputs)
+        return outputs
+
+    def run(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if not self.core.has_work:
+                break
+            self.step()
+        assert not self.core.has_work, "the engine did not come to an end"
+        assert self.kv.num_referenced_blocks == 0
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
+
+
+def expect(prompt: list[int], count: int, *, seed: int = 0, choice: int = 0) -> list[int]:
+    return expected_tokens(prompt, choice_seed(seed, choice), count)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_requests_alone_and_together_say_the_same(depth: int):
+    harness = Harness(depth=depth)
+    prompts = {f"r{i}": prompt_of(3 + 7 * i, seed=i) for i in range(6)}
+    for name, prompt in prompts.items():
+        harness.add(name, prompt)
+    harness.run()
+    assert {name: harness.tokens[name, 0] for name in prompts} == {n: expect(p, 8) for n, p in prompts.items()}
+    assert set(harness.finished.values()) == {"length"}
+
+
+def test_one_step_mixes_decodes_with_a_chunk_and_keeps_the_budget():
+    harness = Harness(max_num_batched_tokens=16)
+    harness.add("short", prompt_of(5))
+    harness.step()
+    harness.add("long", prompt_of(60, seed=1))
+    harness.step()
+    step = harness.runner.steps[-1]
+    assert sorted(step.num_tokens) == [1, 15] and step.total_num_tokens == 16
+    while ("long", 0) not in harness.tokens:
+        before = len(harness.tokens["short", 0])
+        if ("short", 0) in harness.finished:
+            break
+        harness.step()
+        assert len(harness.tokens["short", 0]) == before + 1, "a chunk stopped another request's token"
+    harness.run()
+    assert all(step.total_num_tokens <= 16 for step in harness.runner.steps)
+    assert harness.tokens["long", 0] == expect(prompt_of(60, seed=1), 8)
+
+
+def test_a_finished_request_makes_room_at_once():
+    harness = Harness(max_num_seqs=2)
+    for i, count in enumerate((1, 9, 3)):
+        harness.add(f"r{i}", prompt_of(4, seed=i), max_tokens=count)
+    harness.step()
+    harness.step()
+    assert len(harness.runner.steps[-1].slots) == 2, "the third request did not take the place of the first"
+    harness.run()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_stop_tokens_min_tokens_and_ignore_eos(depth: int):
+    harness = Harness(depth=depth)
+    prompt = prompt_of(6)
+    expected = expect(prompt, 8)
+    harness.add("stop", prompt, stop_token_ids=(expected[3],))
+    harness.add("late", prompt, stop_token_ids=(expected[0], expected[5]), min_tokens=4)
+    harness.run()
+    assert harness.tokens["stop", 0] == expected[:4] and harness.finished["stop", 0] == "stop"
+    assert harness.tokens["late", 0] == expected[:6] and harness.finished["late", 0] == "stop"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("windows", [(None,), (6,), (None, 6)])
+def test_a_prefix_is_computed_once(windows: tuple[int | None, ...], depth: int):
+    harness = Harness(windows=windows, depth=depth)
+    shared = prompt_of(40)
+    harness.add("first", [*shared, 3, 4, 5])
+    harness.run()
+    before = harness.runner.num_computed
+    harness.add("second", [*shared, 6, 7])
+    harness.run()
+    assert harness.tokens["second", 0] == expect([*shared, 6, 7], 8)
+    assert harness.runner.num_computed - before == 2 + 7, "only the new tokens and the decodes are computed"
+    assert next(o.num_cached_tokens for o in harness.outputs if o.request_id == "second") == 40
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_simultaneous_requests_wait_for_a_prefix_that_is_being_computed(depth: int):
+    harness = Harness(depth=depth, max_num_batched_tokens=16, max_num_seqs=8)
+    shared = prompt_of(40)
+    for i in range(6):
+        harness.add(f"r{i}", [*shared, 10 + i, 20 + i], max_tokens=4)
+    harness.run()
+    assert harness.runner.num_computed == 40 + 6 * 2 + 6 * 3
+    for i in range(6):
+        assert harness.tokens[f"r{i}", 0] == expect([*shared, 10 + i, 20 + i], 4)
+
+
+def test_waiters_fall_back_when_the_owner_of_a_prefix_dies():
+    harness = Harness(max_num_batched_tokens=8)
+    shared = prompt_of(40)
+    harness.add("owner", shared)
+    harness.add("waiter", [*shared, 9])
+    harness.step()
+    assert len(harness.runner.steps[-1].slots) == 1
+    harness.core.abort("owner")
+    harness.run()
+    assert harness.tokens["waiter", 0] == expect([*shared, 9], 8)
+
+
+def test_salts_share_nothing_and_caching_can_be_off():
+    for salt, caching, saved in (("", True, 40), ("other", True, 0), ("", False, 0)):
+        harness = Harness(caching=caching)
+        harness.add("a", prompt_of(41))
+        harness.run()
+        message = AddRequest(
+            request_id="b", prompt_token_ids=prompt_of(41), sampling=SamplingParams(max_tokens=2), cache_salt=salt
+        )
+        harness.core.add(message)
+        harness.run()
+        assert harness.outputs[-1].num_cached_tokens == saved
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("length", [8, 10])
+@pytest.mark.parametrize("windows", [(None,), (None, 6)])
+def test_n_choices_prefill_once_and_share_their_pages(length: int, windows: tuple[int | None, ...], depth: int):
+    harness = Harness(depth=depth, windows=windows)
+    prompt = prompt_of(length)
+    harness.add("r", prompt, n=4, max_tokens=5)
+    harness.step()
+    if windows == (None,):
+        assert harness.kv.num_referenced_blocks == -(-length // 4) + (3 if length % 4 else 0)
+    harness.run()
+    assert harness.runner.num_computed == length + 4 * 4
+    assert [harness.tokens["r", i] for i in range(4)] == [expect(prompt, 5, choice=i) for i in range(4)]
+    assert len({tuple(harness.tokens["r", i]) for i in range(4)}) == 4
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_more_choices_than_slots_queue_up(depth: int):
+    harness = Harness(depth=depth, max_num_seqs=3)
+    prompt = prompt_of(10)
+    harness.add("r", prompt, n=7, max_tokens=5)
+    harness.run()
+    assert [harness.tokens["r", i] for i in range(7)] == [expect(prompt, 5, choice=i) for i in range(7)]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("windows", [(None,), (6,), (None, 6)])
+def test_preemption_changes_no_text(windows: tuple[int | None, ...], depth: int):
+    harness = Harness(num_blocks=14, windows=windows, depth=depth, max_num_seqs=6)
+    prompts = {f"r{i}": prompt_of(9 + i, seed=i) for i in range(6)}
+    for name, prompt in prompts.items():
+        harness.add(name, prompt, max_tokens=30)
+    harness.run()
+    assert {name: harness.tokens[name, 0] for name in prompts} == {n: expect(p, 30) for n, p in prompts.items()}
+    if None in windows:
+        assert harness.core.stats().preemptions > 0
+
+
+def test_a_replayed_request_goes_on_where_it_was():
+    harness = Harness()
+    prompt, expected = prompt_of(9), expect(prompt_of(9), 8)
+    message = AddRequest(
+        request_id="r", prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=8), output_token_ids=[expected[:3]]
+    )
+    harness.core.add(message)
+    harness.tokens["r", 0] = expected[:3]
+    harness.run()
+    assert harness.tokens["r", 0] == expected
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_prompt_logprobs_cover_every_position_once(depth: int):
+    harness = Harness(depth=depth, max_num_batched_tokens=8)
+    prompt = prompt_of(30)
+    harness.add("warm", prompt)
+    harness.run()
+    harness.add("r", prompt, prompt_logprobs=0, n=2, max_tokens=2)
+    harness.add("none", prompt, prompt_logprobs=0, max_tokens=0)
+    harness.run()
+    for name in ("r", "none"):
+        first = next(o for o in harness.outputs if o.request_id == name and o.choice_index == 0)
+        assert first.prompt_logprobs is not None
+        assert [e and -e.logprob for e in first.prompt_logprobs] == [None, *map(float, prompt[1:])]
+    assert harness.tokens["none", 0] == [] and harness.finished["none", 0] == "length"
+    assert harness.tokens["r", 1] == expect(prompt, 2, choice=1)
+
+
+def test_what_can_never_run_is_refused_with_the_number_that_fits():
+    harness = Harness(num_blocks=10, max_model_len=200)
+    with pytest.raises(ContextLengthExceeded, match="fits 40 tokens"):
+        harness.add("r", prompt_of(30), max_tokens=11)
+    with pytest.raises(ContextLengthExceeded, match=r"holds 200 tokens, but the prompt has 30 and 171 more"):
+        harness.add("r", prompt_of(30), max_tokens=171)
+    with pytest.raises(InvalidRequest, match=f"0 to {VOCAB_SIZE - 1}"):
+        harness.add("r", [VOCAB_SIZE])
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        harness.add("r", [])
+    with pytest.raises(InvalidRequest, match="stop_token_ids"):
+        harness.add("r", [3], stop_token_ids=(-1,))
+    assert not harness.core.has_work
+    harness.add("r", prompt_of(30), max_tokens=10)
+    harness.run()
+    assert len(harness.tokens["r", 0]) == 10
+
+
+def test_a_sliding_window_holds_only_its_window():
+    harness = Harness(windows=(8,), num_blocks=12, max_num_batched_tokens=8, max_model_len=2000)
+    harness.add("r", prompt_of(300), max_tokens=100)
+    peak = 0
+    while harness.core.has_work:
+        harness.step()
+        peak = max(peak, harness.kv.num_referenced_blocks)
+    assert peak <= 5
+    assert harness.tokens["r", 0] == expect(prompt_of(300), 100)
+
+
+def test_less_than_four_percent_of_allocated_pages_is_wasted():
+    harness = Harness(num_blocks=4000, block_size=16, max_num_seqs=64, max_num_batched_tokens=4096, max_model_len=2000)
+    rng = random.Random(0)
+    for i in range(64):
+        harness.add(f"r{i}", prompt_of(rng.randint(150, 350), seed=i), max_tokens=rng.randint(20, 150))
+    used, allocated = 0, 0
+    while harness.core.has_work:
+        harness.step()
+        used += sum(r.num_computed_tokens for r in harness.scheduler.unfinished())
+        allocated += harness.kv.num_referenced_blocks * 16
+    assert 1 - used / allocated < 0.04
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 50), st.integers(0, 12), st.integers(1, 3), st.booleans(), st.booleans()),
+    st.tuples(st.just("step"), st.integers(1, 4)),
+    st.tuples(st.just("abort"), st.integers(0, 30), st.sampled_from([None, 0, 1])),
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    actions=st.lists(ACTIONS, max_size=40),
+    depth=st.integers(0, 1),
+    windows=st.sampled_from([(None,), (7,), (None, 7), (9, None)]),
+    num_blocks=st.integers(17, 40),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(6, 24),
+)
+def test_random_lives_end_with_every_page_free_and_the_right_text(actions, depth, windows, num_blocks, max_num_seqs, budget):
+    harness = Harness(
+        num_blocks=num_blocks,
+        windows=windows,
+        depth=depth,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=100,
+    )
+    asked: dict[str, tuple[list[int], int, int]] = {}
+    aborted: set[tuple[str, int]] = set()
+    for action in actions:
+        if action[0] == "add":
+            _, length, max_tokens, n, shared, logprobs = action
+            name = f"r{len(asked)}"
+            prompt = prompt_of(length, seed=0 if shared else len(asked) + 1)
+            harness.add(name, prompt, max_tokens=max_tokens, n=n, prompt_logprobs=0 if logprobs else None)
+            asked[name] = (prompt, max_tokens, n)
+        elif action[0] == "step":
+            for _ in range(action[1]):
+                harness.step()
+        else:
+            name, choice = f"r{action[1]}", action[2]
+            harness.core.abort(name, choice)
+            harness.core.check_integrity()
+            if name in asked:
+                aborted |= {(name, i) for i in range(asked[name][2]) if choice in (None, i)}
+    harness.run()
+    for name, (prompt, max_tokens, n) in asked.items():
+        for choice in range(n):
+            expected = expect(prompt, max_tokens, choice=choice)
+            said = harness.tokens.get((name, choice), [])
+            if (name, choice) in aborted and (name, choice) not in harness.finished:
+                assert said == expected[: len(said)]
+            else:
+                assert said == expected and harness.finished[name, choice] == "length"
