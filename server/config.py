@@ -1,7 +1,8 @@
 """ServerConfig: the one definition behind YAML files, environment variables and command-line flags.
 
 A value is taken from the first of: flag, environment (`OCTAVO_<NAME>`), `--config` file, `configs/cpu.yaml` or
-`configs/gpu.yaml`, `configs/default.yaml`, the default written here. A name nobody knows is an error that gives the nearest one.
+`configs/gpu.yaml`, `configs/default.yaml`, the default written here. A name nobody
+knows is an error that gives the nearest one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 import yaml
@@ -66,7 +67,7 @@ def _parse_list(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_parse_count)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
-Names = Annotated[list[str], BeforeValidator(_parse_list)]
+Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_parse_list)]
 
 
 def _setting(default: Any, group: str, description: str, **extra: Any) -> Any:
@@ -187,13 +188,18 @@ def _env_source(environ: Mapping[str, str]) -> _Source:
     values = {
         name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and name != f"{ENV_PREFIX}CONFIG"
+        if name.startswith(ENV_PREFIX) and name != f"{ENV_PREFIX}CONFIG" and value  # compose files pass unset variables as ""
     }
     return _Source("the environment", values, lambda key: f"{ENV_PREFIX}{key.upper()}")
 
 
 def flag_name(key: str) -> str:
     return "--" + key.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +225,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _flag_source(argv: Sequence[str]) -> tuple[_Source, str | None]:
     """The flags given, and the --config file. Raises ConfigError on an unknown flag or a model given twice."""
-    parser = argparse.ArgumentParser(prog="octavo serve", description="Serve a model over the OpenAI API.", allow_abbrev=False)
+    parser = _Parser(prog="octavo serve", description="Serve a model over the OpenAI API.", allow_abbrev=False)
     add_flags(parser)
     parsed, unknown = parser.parse_known_args(argv)
     values = vars(parsed)
