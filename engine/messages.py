@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from engine.config import EngineConfig
 from engine.errors import ERROR_CLASSES, OctavoError
 from engine.sampling_params import SamplingParams
 
@@ -28,6 +29,15 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
     def to_exception(self) -> OctavoError:
         return ERROR_CLASSES.get(self.kind, OctavoError)(self.message, param=self.param, code=self.code)
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What the parent writes to the engine's stdin, one line of JSON. address: the ZMQ endpoint to bind; epoch: which life of
+    the engine this is, counted by the supervisor."""
+
+    address: str
+    epoch: int
+    config: EngineConfig
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):

@@ -1,0 +1,196 @@
+"""The engine process: `python -m engine.process`, started by the supervisor, which writes one line of JSON to its stdin.
+
+A ROUTER socket takes messages from frontends and gives each back what is its own. stdin stays open as the sign of life of the
+parent: when it closes, the process ends at once, whatever it is doing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import BinaryIO
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.errors import InvalidRequest, ModelLoadError, OctavoError
+from engine.messages import (
+    Abort,
+    Accepted,
+    AddRequest,
+    EngineFailed,
+    EngineMessage,
+    EngineReady,
+    ErrorInfo,
+    FrontendMessage,
+    Hello,
+    Launch,
+    LoadProgress,
+    Refused,
+    RequestOutput,
+    Shutdown,
+    StepOutputs,
+)
+
+Report = Callable[[str, str, float | None], None]
+BuildEngine = Callable[[EngineConfig, Report], tuple[EngineCore, EngineReady]]
+
+IDLE_POLL_MS = 1000
+STATS_INTERVAL_S = 0.25
+
+
+class FrontendSocket:
+    """The ROUTER socket. A frontend's identity is the part of its request ids before the first colon."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.bind(address)
+        self._decoder = msgspec.msgpack.Decoder(FrontendMessage)
+        self._encoder = msgspec.msgpack.Encoder()
+        self.frontends: set[bytes] = set()
+
+    def receive(self, timeout_ms: int) -> list[FrontendMessage]:
+        """All messages that are there, after waiting up to timeout_ms for the first."""
+        messages: list[FrontendMessage] = []
+        if not self._socket.poll(timeout_ms):
+            return messages
+        while True:
+            try:
+                identity, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            message = self._decoder.decode(payload)
+            if isinstance(message, Hello):
+                self.frontends.add(identity)
+            messages.append(message)
+
+    def send(self, identity: bytes, message: EngineMessage) -> None:
+        self._socket.send_multipart([identity, self._encoder.encode(message)])
+
+    def broadcast(self, message: EngineMessage) -> None:
+        for identity in self.frontends:
+            self.send(identity, message)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def frontend_of(request_id: str) -> bytes:
+    """The identity of the frontend that a request came from."""
+    return request_id.partition(":")[0].encode()
+
+
+class EngineLoop:
+    """Messages in, steps, outputs out, until a Shutdown."""
+
+    def __init__(self, core: EngineCore, socket: FrontendSocket, epoch: int) -> None:
+        self._core = core
+        self._socket = socket
+        self._epoch = epoch
+        self._stopping = False
+        self._stats_sent_s = 0.0
+
+    def run(self) -> None:
+        while not self._stopping:
+            was_busy = self._core.has_work
+            for message in self._socket.receive(0 if was_busy else IDLE_POLL_MS):
+                self._handle(message)
+            outputs = self._core.step() if self._core.has_work else []
+            now = time.monotonic()
+            if outputs or was_busy != self._core.has_work or now - self._stats_sent_s >= STATS_INTERVAL_S:
+                self._send(outputs, with_stats=now - self._stats_sent_s >= STATS_INTERVAL_S or not self._core.has_work)
+
+    def _handle(self, message: FrontendMessage) -> None:
+        match message:
+            case AddRequest():
+                try:
+                    self._core.add(message)
+                except InvalidRequest as error:
+                    self._socket.send(frontend_of(message.request_id), Refused(message.request_id, ErrorInfo.of(error)))
+                else:
+                    self._socket.send(frontend_of(message.request_id), Accepted(message.request_id))
+            case Abort():
+                self._core.abort(message.request_id, message.choice_index)
+                self._stats_sent_s = 0.0  # what it held is free: say so with the next message
+            case Shutdown():
+                self._stopping = True
+            case Hello():
+                pass
+
+    def _send(self, outputs: list[RequestOutput], with_stats: bool) -> None:
+        stats = self._core.stats() if with_stats else None
+        if with_stats:
+            self._stats_sent_s = time.monotonic()
+        by_frontend: dict[bytes, list[RequestOutput]] = defaultdict(list)
+        for output in outputs:
+            by_frontend[frontend_of(output.request_id)].append(output)
+        for identity in self._socket.frontends if with_stats else by_frontend:
+            message = StepOutputs(epoch=self._epoch, outputs=by_frontend[identity], stats=stats)
+            self._socket.send(identity, message)
+
+
+def end_with_parent(stdin: BinaryIO) -> None:
+    """End this process as soon as the parent's end of stdin closes, also in the middle of a load."""
+
+    def watch() -> None:
+        while stdin.read(1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def name_process(title: str) -> None:
+    """Show the process under its role in ps."""
+    import setproctitle
+
+    setproctitle.setproctitle(title)
+
+
+def run(build_engine: BuildEngine) -> int:
+    """The child's life: read the launch line, load, serve. Returns the exit code."""
+    # Ctrl-C and a supervisor's SIGTERM reach the whole process group; the parent drains first and then ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    name_process("octavo: engine")
+    launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    end_with_parent(sys.stdin.buffer)
+    socket = FrontendSocket(launch.address)
+    while not socket.frontends:
+        socket.receive(IDLE_POLL_MS)
+
+    def report(phase: str, detail: str, fraction: float | None) -> None:
+        socket.broadcast(LoadProgress(phase, detail, fraction))
+
+    try:
+        core, ready = build_engine(launch.config, report)
+    except OctavoError as error:
+        socket.broadcast(EngineFailed(ErrorInfo.of(error)))
+        socket.close()
+        return 1
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        sentence = f"the model could not be loaded: {type(error).__name__}: {error}"
+        socket.broadcast(EngineFailed(ErrorInfo.of(ModelLoadError(sentence))))
+        socket.close()
+        raise
+    socket.broadcast(ready)
+    EngineLoop(core, socket, launch.epoch).run()
+    socket.close()
+    return 0
+
+
+if __name__ == "__main__":
+    # Imported here so that the process listens, and watches its parent, before torch is loaded.
+    from engine.build import build_engine as build
+
+    sys.exit(run(build))

@@ -1,0 +1,153 @@
+"""EngineClient and Supervisor against a real engine process with a fake model: streams, stop strings, aborts, deaths."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
+
+from engine.client import EngineClient, RequestStream
+from engine.config import EngineConfig, ModelConfig
+from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError, RequestFailed
+from engine.sampling_params import SamplingParams, choice_seed
+from engine.supervisor import Supervisor
+from tests.fake_runner import VOCAB_SIZE, expected_tokens
+
+COMMAND = (sys.executable, "-m", "tests.fake_engine")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    backend = Backend(models.WordLevel({f"t{i}. ": i for i in range(VOCAB_SIZE)}, unk_token="t0. "))
+    backend.decoder = decoders.Fuse()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@asynccontextmanager
+async def running(model: str) -> AsyncIterator[EngineClient]:
+    client = EngineClient(Supervisor(EngineConfig(model=ModelConfig(model=model)), command=COMMAND))
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+
+
+async def collect(stream: RequestStream) -> dict[int, tuple[str, list[int], str | None, str | int | None]]:
+    result: dict[int, tuple[str, list[int], str | None, str | int | None]] = {}
+    async with stream:
+        async for deltas in stream:
+            for d in deltas:
+                text, tokens, _, _ = result.get(d.choice_index, ("", [], None, None))
+                result[d.choice_index] = (text + d.text, tokens + d.token_ids, d.finish_reason, d.stop_reason)
+    return result
+
+
+async def until(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to pass")
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(f"t{t}. " for t in tokens)
+
+
+def test_streams_stops_and_refusals(model_dir: Path):
+    async def scenario() -> None:
+        async with running(str(model_dir)) as client:
+            assert client.state == "starting"
+            with pytest.raises(EngineUnavailable, match="starting"):
+                await client.generate([3], SamplingParams())
+            ready = await client.wait_until_ready()
+            assert ready.max_model_len == 400 and client.progress is not None
+
+            prompts = [[3 + i, 50, 60] for i in range(20)]
+            streams = [await client.generate(p, SamplingParams(max_tokens=12, n=2)) for p in prompts]
+            for prompt, result in zip(prompts, await asyncio.gather(*map(collect, streams)), strict=True):
+                for choice in range(2):
+                    tokens = expected_tokens(prompt, choice_seed(0, choice), 12)
+                    assert result[choice] == (text_of(tokens), tokens, "length", None)
+
+            tokens = expected_tokens([7, 8], choice_seed(0, 0), 9)
+            stop_string = f"t{tokens[4]}. t"
+            result = await collect(await client.generate([7, 8], SamplingParams(max_tokens=50), stop=[stop_string]))
+            assert result[0] == (text_of(tokens[:4]), tokens[:6], "stop", stop_string)
+            result = await collect(await client.generate([7, 8], SamplingParams(max_tokens=50, stop_token_ids=(tokens[3],))))
+            assert result[0] == (text_of(tokens[:3]), tokens[:4], "stop", tokens[3])
+
+            with pytest.raises(ContextLengthExceeded, match="400 tokens"):
+                await client.generate([3] * 390, SamplingParams(max_tokens=11))
+            with pytest.raises(InvalidRequest, match="token id 97"):
+                await client.generate([97], SamplingParams())
+            await until(lambda: client.stats.num_referenced_blocks == 0)
+            assert client.num_open_streams == 0
+
+    asyncio.run(scenario())
+
+
+def test_leaving_a_stream_frees_its_pages(model_dir: Path):
+    async def scenario() -> None:
+        async with running(str(model_dir)) as client:
+            await client.wait_until_ready()
+            for _ in range(5):
+                async with await client.generate([5] * 30, SamplingParams(max_tokens=370, n=3)) as stream:
+                    await anext(stream)
+            await until(lambda: client.stats.num_running == 0 and client.stats.num_referenced_blocks == 0)
+            assert client.stats.generation_tokens < 5 * 3 * 370
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_does_not_load_says_why(model_dir: Path):
+    async def scenario() -> None:
+        async with running("broken") as client:
+            with pytest.raises(ModelLoadError, match="broken on purpose"):
+                await client.wait_until_ready()
+            assert client.state == "failed"
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_engine_ends_the_streams_with_an_error(model_dir: Path):
+    async def scenario() -> None:
+        async with running(str(model_dir)) as client:
+            await client.wait_until_ready()
+            supervisor = client._supervisor
+            assert supervisor.pid is not None
+            os.kill(supervisor.pid, signal.SIGSTOP)
+            waiting = asyncio.ensure_future(client.generate([5], SamplingParams(max_tokens=3)))
+            await asyncio.sleep(0)
+            os.kill(supervisor.pid, signal.SIGKILL)
+            with pytest.raises(RequestFailed, match="exit code -9"):
+                await waiting
+            assert client.state == "failed"
+            with pytest.raises(EngineUnavailable, match="died"):
+                await client.generate([5], SamplingParams())
+
+    asyncio.run(scenario())
+
+
+def test_the_engine_ends_with_its_parent(model_dir: Path):
+    async def scenario() -> None:
+        async with running(str(model_dir)) as client:
+            await client.wait_until_ready()
+            process = client._supervisor._process
+            assert process is not None and process.stdin is not None
+            process.stdin.close()  # what the kernel does when the parent dies
+            assert await asyncio.wait_for(process.wait(), 10) == 1
+
+    asyncio.run(scenario())
