@@ -1,7 +1,8 @@
 """Text to token ids and back, for the frontend: `tokenizers` and Jinja only, neither torch nor transformers.
 
 Reads a local Hugging Face folder: tokenizer.json, tokenizer_config.json, special_tokens_map.json, the chat template files,
-config.json and generation_config.json. Encodes and renders as transformers' fast tokenizers do.
+config.json and generation_config.json. Encodes and renders as transformers 5 does; so what encode adds is decided by
+tokenizer.json alone, whatever `add_bos_token` in tokenizer_config.json says.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
 from engine.chat_template import compile_template
 from engine.detokenizer import ByteTextSource, Detokenizer, StreamTextSource, TextDelta, TextSource, TokenBytes, check_unicode
@@ -61,7 +61,6 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
         _add_tokens(backend, config, special_tokens)
-        _set_post_processor(backend, config, special_tokens)
         templates = _folder_templates(folder, config) if chat_template is None else _given_template(chat_template)
         return cls(
             backend,
@@ -249,18 +248,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specia
     # A name that is in no vocabulary would get an id past the model's embeddings, so only known ones are marked.
     known = [name for name in special_tokens.values() if name not in special and backend.token_to_id(name) is not None]
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in known])
-
-
-def _set_post_processor(backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
-    """`add_bos_token` and `add_eos_token`, where stated, decide what encode adds; else tokenizer.json does."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos, eos = (special_tokens.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos"))
-    ids = {token: backend.token_to_id(token) for token in (bos, eos) if token is not None}
-    if missing := [token for token, token_id in ids.items() if token_id is None]:
-        raise ModelLoadError(f"tokenizer_config.json adds {missing[0]!r} to every prompt, but tokenizer.json does not know it")
-    pieces = [token for token in (bos, "$A", eos) if token is not None]
-    backend.post_processor = TemplateProcessing(single=pieces, special_tokens=list(ids.items()))
 
 
 def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
