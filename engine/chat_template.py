@@ -22,8 +22,8 @@ from engine.errors import InvalidRequest
 
 Message = Mapping[str, Any]
 
-# Ends in a space so that it shows whether the template trims the message's text.
-_OPEN_END = "<octavo:open-end> "
+# Ends in space that no template writes of its own accord, which shows whether it trims the message's text.
+_OPEN_END = "<octavo:open-end>\t \t"
 
 
 class _GenerationTag(Extension):
@@ -60,11 +60,10 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            tree = environment.parse(source)
+            fields = _FieldUses(environment.parse(source))
             self._template = environment.from_string(source)
-        except (jinja2.TemplateError, UnicodeError, RecursionError) as error:
+        except Exception as error:  # besides Jinja's own, Python's when it compiles the result: nesting, huge numbers, ...
             raise InvalidRequest(f"the chat template cannot be parsed: {error}", param="chat_template") from error
-        fields = _FieldUses(tree)
         self.takes_developer_role = "developer" in source
         self.takes_content_parts = fields.is_iterated("content")
         self.takes_content_string = not self.takes_content_parts or fields.any_test("string")
@@ -189,7 +188,7 @@ class _FieldUses:
     def __init__(self, tree: nodes.Template) -> None:
         self._tree = tree
         self._macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
-        self._names: dict[str, frozenset[str]] = {}
+        self._names = {field: frozenset(self._find_names(field)) for field in ("content", "arguments")}
 
     def is_iterated(self, field: str) -> bool:
         return any(self._is_field(loop.iter, field) for loop in self._tree.find_all(nodes.For))
@@ -217,13 +216,8 @@ class _FieldUses:
 
     def _is_field(self, node: nodes.Node, field: str) -> bool:
         if isinstance(node, nodes.Name):
-            return node.name in self._names_of(field)
+            return node.name in self._names[field]
         return _reads_field(node, field)
-
-    def _names_of(self, field: str) -> frozenset[str]:
-        if field not in self._names:
-            self._names[field] = frozenset(self._find_names(field))
-        return self._names[field]
 
     def _find_names(self, field: str) -> Iterator[str]:
         for assign in self._tree.find_all(nodes.Assign):

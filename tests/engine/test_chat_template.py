@@ -111,7 +111,11 @@ def test_no_template_names_the_flag(tmp_path: Path) -> None:
     ("source", "words"),
     [
         ("{% if %}", "cannot be parsed"),
-        ("{{ '\ud800' }}", "Unicode"),
+        ("{{ '\ud800' }}", "Unicode|parsed"),
+        ("{% for x in [1] %}" * 30 + "{% endfor %}" * 30, "cannot be parsed"),
+        ("{{ " + "9" * 5000 + " }}", "cannot be parsed"),
+        ("{{ " + "(" * 3000 + ")" * 3000 + " }}", "cannot be parsed"),
+        ("{{ " + "1 + " * 3000 + "1 }}", "cannot be parsed"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages.append(1) }}", "not safely callable|refuses"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
