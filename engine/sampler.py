@@ -8,13 +8,13 @@ index % 4. Ties go to the lowest token id. Greedy rows take the plain argmax.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from engine.input_batch import FloatArray, IntArray, SamplingBatch, to_device
 from engine.philox import WORD_MASK, log_exponential
 
 NOISE_RANGE = 26.1
@@ -23,56 +23,6 @@ NOISE_RANGE = 26.1
 _LANES = 4
 _GROUPS_AT_ONCE = 65536  # on a CPU: temporaries of half a megabyte, which stay in the L2 cache
 _NEGATIVE_INFINITY = float("-inf")
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class PenaltyRows:
-    """Token counts of the rows that use penalties. rows: [P]; state_rows: [P], rows of the two state tensors.
-
-    prompt_seen: bool [*, V]; output_counts: int32 [*, V].
-    """
-
-    rows: IntArray
-    state_rows: IntArray
-    prompt_seen: torch.Tensor
-    output_counts: torch.Tensor
-
-
-@dataclass(slots=True)
-class SamplingBatch:
-    """The knobs of N rows, host side, as arrays [N]; sparse ones as (row, ...) for the rows that have them.
-
-    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed: of the choice, 64 bits. output_index: output tokens
-    the choice has so far. biases: (row, token ids, values). banned: (row, token ids). allowed: row -> packed bits, 32 tokens
-    a word.
-    """
-
-    temperature: FloatArray
-    top_k: IntArray
-    top_p: FloatArray
-    min_p: FloatArray
-    repetition_penalty: FloatArray
-    presence_penalty: FloatArray
-    frequency_penalty: FloatArray
-    seed: npt.NDArray[np.uint64]
-    output_index: IntArray
-    biases: list[tuple[int, IntArray, FloatArray]] = field(default_factory=list)
-    banned: list[tuple[int, IntArray]] = field(default_factory=list)
-    allowed: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
-    penalties: PenaltyRows | None = None
-
-
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """Shares memory on a CPU; elsewhere copies through pinned memory, which torch reuses only when the copy is done."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
