@@ -1,0 +1,78 @@
+"""What scripts/install says where it cannot go on: one sentence with the remedy, and exit code 1."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The little of the repository that the install reads, in a folder with a space in its name."""
+    folder = tmp_path / "a checkout"
+    shutil.copytree(ROOT / "scripts", folder / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def fake_python(folder: Path, failing: str) -> Path:
+    """A Python in which every command line that contains `failing` fails."""
+    path = folder / "python3"
+    path.write_text(f'#!/usr/bin/env bash\ncase "$*" in *"{failing}"*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def install(checkout: Path, python: Path | str, *args: str) -> str:
+    run = subprocess.run(
+        [str(checkout / "scripts" / "install"), *args],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stdout == ""
+    return run.stderr
+
+
+def test_old_python(checkout: Path) -> None:
+    said = install(checkout, fake_python(checkout, "sys.version_info"))
+    assert said.startswith("install: Octavo needs Python 3.11 to 3.14 and found ")
+    assert said.count("\n") == 1
+
+
+def test_python_without_venv(checkout: Path) -> None:
+    said = install(checkout, fake_python(checkout, "import venv, ensurepip"))
+    assert "has no venv module: install it (Debian/Ubuntu: apt install python3." in said
+    assert said.count("\n") == 1
+
+
+def test_full_disk(checkout: Path) -> None:
+    bin_folder = checkout / "bin"
+    bin_folder.mkdir()
+    df = bin_folder / "df"
+    df.write_text("#!/bin/sh\necho 'Filesystem 1024-blocks Used Available Capacity Mounted on'\necho 'x 100 90 10240 90% /'\n")
+    df.chmod(0o755)
+    run = subprocess.run(
+        [str(checkout / "scripts" / "install")],
+        env={"PATH": f"{bin_folder}:/usr/bin:/bin", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "the disk has 10 MB free: make room there" in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_unknown_argument(checkout: Path) -> None:
+    assert install(checkout, sys.executable, "--prod") == "install: unknown argument '--prod': the only one is --dev.\n"
