@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cuda_graphs",
         "model_runner",
     ),
-    "L4": ("core", "process"),
+    "L4": ("core", "build", "process"),
     "L5": ("supervisor", "client"),
 }
 ORDER = [name for names in LAYERS.values() for name in names]

@@ -95,7 +95,7 @@ def test_a_stream_says_the_same_as_an_answer(client: openai.OpenAI, model: str):
         )
     )
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert chunks[-1].usage is not None and chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == 40
+    assert (chunks[-1].usage is not None and chunks[-1].usage == whole.usage) or chunks[-1].usage.completion_tokens == 40
     messages = [{"role": "user", "content": "Name three colors."}]
     answer = client.chat.completions.create(model=model, messages=messages, temperature=0, max_completion_tokens=30)
     deltas = list(
@@ -124,7 +124,7 @@ def test_seeds_give_the_same_tokens_alone_and_in_a_crowd(client: openai.OpenAI, 
     alone = [ask(seed) for seed in range(3)]
     assert all(len(set(texts)) == 4 for texts in alone)
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
-        crowd = list(pool.map(ask, [0, 1, 2] + list(range(3, 32))))
+        crowd = list(pool.map(ask, [0, 1, 2, *list(range(3, 32))]))
     assert crowd[:3] == alone
 
 
