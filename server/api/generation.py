@@ -1,0 +1,215 @@
+"""One HTTP request's share of the engine: submitting its prompts, merging what comes back, and letting go of the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from engine.client import ChoiceDelta, RequestStream
+from engine.sampling_params import SamplingParams
+from server.api.sampling import GenerationRequest
+from server.errors import ClientDisconnected
+from server.metrics import Metrics
+from server.state import ServerState
+
+logger = logging.getLogger("octavo.server")
+
+# A text longer than this is tokenized in a thread, so that the other streams are not held up (about 2 ms on the loop).
+LONG_TEXT_CHARS = 8192
+
+Result = TypeVar("Result")
+
+
+class Prompt(NamedTuple):
+    """text is None where the caller gave token ids."""
+
+    token_ids: list[int]
+    text: str | None
+    sampling: SamplingParams
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+async def in_thread_if_long(num_chars: int, function: Callable[[], Result]) -> Result:
+    return await asyncio.to_thread(function) if num_chars > LONG_TEXT_CHARS else function()
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work`, which is cancelled when the client goes away first. Raises ClientDisconnected then.
+
+    The body must have been read already: from here on the server has nothing more to deliver than the disconnect.
+    """
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
+    finally:
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Generation:
+    """The engine requests of one HTTP request, one a prompt; made by `start` once the engine has accepted all of them."""
+
+    def __init__(self, request_id: str, metrics: Metrics, arrival: float) -> None:
+        self._request_id = request_id
+        self._metrics = metrics
+        self._arrival = arrival
+        self._streams: list[RequestStream] = []
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_cached_tokens = 0
+        self._num_choices = 0
+        self._finish_reasons: list[str] = []
+        self._ttft_s: float | None = None
+        self._last_output: dict[tuple[int, int], float] = {}
+        self._failed = False
+        self._closed = False
+
+    @classmethod
+    async def start(
+        cls, state: ServerState, request_id: str, prompts: Sequence[Prompt], body: GenerationRequest, arrival: float
+    ) -> Generation:
+        """Raises the engine's refusal of any of the prompts; then none of them is left running."""
+        generation = cls(request_id, state.metrics, arrival)
+        stop = body.stop_strings()
+        # All at once: the engine answers between two steps, and a step a prompt would be long.
+        answers = [
+            asyncio.create_task(
+                state.client.generate(
+                    prompt.token_ids,
+                    prompt.sampling,
+                    stop=stop,
+                    include_stop_str_in_output=body.include_stop_str_in_output,
+                    skip_special_tokens=body.skip_special_tokens,
+                    cache_salt=body.cache_salt,
+                )
+            )
+            for prompt in prompts
+        ]
+        try:
+            generation._streams = list(await asyncio.gather(*answers))
+        except BaseException:
+            for answer in answers:
+                answer.cancel()
+            for result in await asyncio.gather(*answers, return_exceptions=True):
+                if not isinstance(result, BaseException):
+                    result.abort()
+            raise
+        generation._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        generation._num_choices = sum(prompt.sampling.n for prompt in prompts)
+        return generation
+
+    async def deltas(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
+        """(prompt index, what has arrived) until every choice of every prompt has finished. Raises RequestFailed."""
+        try:
+            async for prompt_index, deltas in _merged(self._streams):
+                self._observe(prompt_index, deltas)
+                yield prompt_index, deltas
+        except Exception:
+            self._failed = True
+            raise
+
+    def usage(self) -> Usage:
+        """Of all prompts and choices, as far as they have come."""
+        total = self._num_prompt_tokens + self._num_output_tokens
+        details = PromptTokensDetails(self._num_cached_tokens)
+        return Usage(self._num_prompt_tokens, self._num_output_tokens, total, details)
+
+    def close(self) -> None:
+        """Aborts what has not finished, and accounts for the request. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        for stream in self._streams:
+            stream.abort()
+        seconds = time.monotonic() - self._arrival
+        unfinished = self._num_choices - len(self._finish_reasons)
+        for reason in [*self._finish_reasons, *(["error" if self._failed else "abort"] * unfinished)]:
+            self._metrics.observe_finish(reason)
+        if not unfinished:
+            self._metrics.observe_request(seconds, self._num_prompt_tokens, self._num_output_tokens)
+        logger.info(
+            "%s %s: %d prompt tokens (%d cached), %d output tokens, first token %s, %.2f s",
+            self._request_id,
+            "failed" if self._failed else "aborted" if unfinished else "done",
+            self._num_prompt_tokens,
+            self._num_cached_tokens,
+            self._num_output_tokens,
+            "never" if self._ttft_s is None else f"after {self._ttft_s:.3f} s",
+            seconds,
+        )
+
+    def _observe(self, prompt_index: int, deltas: list[ChoiceDelta]) -> None:
+        now = time.monotonic()
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                self._finish_reasons.append(delta.finish_reason)
+            key = (prompt_index, delta.choice_index)
+            previous = self._last_output.get(key)
+            if previous is None and delta.choice_index == 0:
+                self._num_cached_tokens += delta.num_cached_tokens
+            if previous is None or delta.token_ids:
+                self._last_output[key] = now
+            if not delta.token_ids:
+                continue
+            self._num_output_tokens += len(delta.token_ids)
+            if self._ttft_s is None:
+                self._ttft_s = now - self._arrival
+                self._metrics.observe_first_token(self._ttft_s)
+            elif previous is not None:
+                self._metrics.observe_inter_token(now - previous)
+
+
+async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
+    if len(streams) == 1:
+        async for deltas in streams[0]:
+            yield 0, deltas
+        return
+    queue: asyncio.Queue[tuple[int, list[ChoiceDelta] | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: RequestStream) -> None:
+        try:
+            async for deltas in stream:
+                queue.put_nowait((index, deltas))
+        finally:
+            queue.put_nowait((index, None))
+
+    pumps: list[asyncio.Task[None]] = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        num_open = len(pumps)
+        while num_open:
+            index, batch = await queue.get()
+            if batch is not None:
+                yield index, batch
+                continue
+            num_open -= 1
+            await pumps[index]
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)

@@ -1,0 +1,96 @@
+"""GET /health, /version, /metrics and the page at /: how the server is, for machines and for people."""
+
+from __future__ import annotations
+
+import html
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from engine.client import EngineClient
+from engine.messages import LoadProgress
+from server.config import ServerConfig
+from server.metrics import CONTENT_TYPE
+from server.state import ServerState
+
+PAGE = Path(__file__).parent.parent / "static" / "index.html"
+VERSION = version("octavo")
+
+
+class Health(msgspec.Struct):
+    """status: starting, ready, failed or stopping."""
+
+    status: str
+    detail: str
+    progress: LoadProgress | None
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter(tags=["server"])
+    page = Template(PAGE.read_text(encoding="utf-8"))
+
+    @routes.head("/health", include_in_schema=False)
+    @routes.get("/health")
+    async def get_health() -> Response:
+        """200 when requests are taken, 503 with the reason when not."""
+        client = state.client
+        health = Health(client.state, state.describe(), client.progress if client.state == "starting" else None)
+        status = 200 if client.state == "ready" else 503
+        return Response(msgspec.json.encode(health), status, media_type="application/json")
+
+    @routes.get("/version")
+    async def get_version() -> Response:
+        """Octavo's version."""
+        return Response(msgspec.json.encode({"version": VERSION}), media_type="application/json")
+
+    @routes.get("/metrics")
+    async def get_metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+
+    @routes.get("/", include_in_schema=False)
+    async def get_page(request: Request) -> Response:
+        """The page for a browser."""
+        fields = {
+            "model": state.config.model_names[0],
+            "state": state.client.state,
+            "detail": state.describe(),
+            "facts": _facts(state),
+            "curl": curl_command(state.client, state.config, str(request.base_url).rstrip("/")),
+            "version": VERSION,
+        }
+        escaped = {name: html.escape(value) for name, value in fields.items()}
+        refresh = "" if state.client.state == "ready" else '<meta http-equiv="refresh" content="2">'
+        return HTMLResponse(page.substitute(escaped, refresh=refresh))
+
+    return routes
+
+
+def _facts(state: ServerState) -> str:
+    ready = state.client.ready
+    if ready is None:
+        return ""
+    return (
+        f"{ready.architecture}, {ready.dtype} on {ready.device}; context {ready.max_model_len:,} tokens; "
+        f"room for {ready.kv_cache_tokens:,} tokens in the KV cache"
+    )
+
+
+def curl_command(client: EngineClient, config: ServerConfig, base_url: str) -> str:
+    """A command to paste that gets an answer from this server: a chat where the model has a template, else a completion."""
+    body: dict[str, object] = {"model": config.model_names[0]}
+    chat = client.state != "ready" or client.tokenizer.has_chat_template
+    if chat:
+        path, question = "chat/completions", "What is the capital of France?"
+        body["messages"] = [{"role": "user", "content": question}]
+    else:
+        path = "completions"
+        body["prompt"] = "The capital of France is"
+    key = ' -H "Authorization: Bearer $OCTAVO_API_KEY"' if config.api_key else ""
+    text = msgspec.json.encode(body).decode().replace("'", "'\\''")
+    return f"curl {base_url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{text}'"

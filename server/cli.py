@@ -1,0 +1,195 @@
+"""The `octavo` command, and the only place where the parts are put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Generator, Sequence
+
+import setproctitle
+import uvicorn
+import uvloop
+from sse_starlette.sse import AppStatus
+
+from engine.client import EngineClient
+from engine.errors import ConfigError, EngineUnavailable, OctavoError
+from engine.messages import EngineReady, LoadProgress
+from engine.supervisor import Supervisor
+from server.api.health import VERSION, curl_command
+from server.app import create_app
+from server.config import ServerConfig, load_config
+
+logger = logging.getLogger("octavo.server")
+
+USAGE = """usage: octavo serve [MODEL] [flags]    serve a model over the OpenAI API; octavo serve --help lists the flags
+       octavo --version"""
+BACKLOG = 2048
+STATE_POLL_S = 0.2
+
+
+def main() -> None:
+    """Console entry. Exit codes: 0 after an orderly end, 1 when serving failed, 2 for a wrong command line or setting."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(argv: Sequence[str]) -> int:
+    """One command; returns the exit code."""
+    match argv:
+        case ["--version" | "-V"]:
+            print(f"octavo {VERSION}")
+            return 0
+        case ["--help" | "-h"]:
+            print(USAGE)
+            return 0
+        case ["serve", *rest]:
+            return _serve(rest)
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2
+
+
+def _serve(argv: Sequence[str]) -> int:
+    try:
+        config = load_config(argv, os.environ)
+        chat_template = config.read_chat_template()
+    except ConfigError as error:
+        return _fail(error.message, 2)
+    setproctitle.setproctitle("octavo: frontend")
+    _set_up_logging(config.log_level)
+    try:
+        sock = listen(config.host, config.port)
+        with sock:
+            return uvloop.run(_Service(config, sock, chat_template).run())
+    except OctavoError as error:
+        return _fail(error.message, 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"octavo: {message}", file=sys.stderr)
+    return code
+
+
+def _set_up_logging(level: str) -> None:
+    """One line an event on stderr, never with the text of a prompt (so no debug lines of the HTTP stack)."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("uvicorn", "sse_starlette", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket: bound before anything is loaded, so that a taken port is known at once. Raises ConfigError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except socket.gaierror:
+        raise ConfigError(f"there is no address {host} to listen on: give one of this machine's with --host") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} on {host} is taken: stop what listens there, or choose another with --port {port + 1}"
+        elif error.errno == errno.EACCES:
+            message = f"port {port} may not be opened by this user: choose one above 1023 with --port"
+        else:
+            message = f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
+        raise ConfigError(message) from None
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to us: uvicorn raises a caught one again after its drain, and the exit code would be -15."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class _Service:
+    """One run of `octavo serve`: socket, engine and HTTP server, from start to exit code."""
+
+    def __init__(self, config: ServerConfig, sock: socket.socket, chat_template: str | None) -> None:
+        self._config = config
+        self._sock = sock
+        self._client = EngineClient(Supervisor(config.engine_config()), chat_template=chat_template)
+        self._client.on_progress = _print_progress
+        self._base_url = _base_url(sock)
+        self._serving: asyncio.Task[None] | None = None
+        # Streams end by themselves when their requests do; sse-starlette would cut them all at the first signal.
+        AppStatus.enable_automatic_graceful_drain = False
+        self._server = _Server(
+            uvicorn.Config(
+                create_app(self._client, config),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
+            )
+        )
+
+    async def run(self) -> int:
+        """Serves until a signal or the engine's end. Raises what kept the engine from starting, or ended it."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        self._serving = serving = asyncio.create_task(self._server.serve(sockets=[self._sock]))
+        engine = asyncio.create_task(self._run_engine())
+        try:
+            await asyncio.wait({serving, engine}, return_when=asyncio.FIRST_COMPLETED)
+            if engine.done():
+                engine.result()
+        finally:
+            self._server.should_exit = True
+            engine.cancel()
+            await asyncio.gather(serving, engine, return_exceptions=True)
+            await self._client.stop()
+        return 0
+
+    def _on_signal(self) -> None:
+        """The first signal lets open streams finish, the second ends them."""
+        if self._server.should_exit and self._serving is not None:
+            self._serving.cancel()
+            return
+        num_open = self._client.num_open_streams
+        logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")
+        self._server.should_exit = True
+
+    async def _run_engine(self) -> None:
+        """Starts the engine and watches it. Never returns; raises what ended the engine, or kept it from starting."""
+        await self._client.start()
+        ready = await self._client.wait_until_ready()
+        self._print_ready(ready)
+        while self._client.state != "failed":
+            await asyncio.sleep(STATE_POLL_S)
+        raise self._client.failure or EngineUnavailable("the engine ended unexpectedly")
+
+    def _print_ready(self, ready: EngineReady) -> None:
+        for note in ready.notes:
+            logger.info("%s", note)
+        curl = curl_command(self._client, self._config, self._base_url)
+        scope = " (this machine only; --host 0.0.0.0 lets others in)" if self._config.host == "127.0.0.1" else ""
+        print(
+            f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {curl}", file=sys.stderr, flush=True
+        )
+
+
+def _base_url(sock: socket.socket) -> str:
+    """Where a client on this machine finds the socket."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _print_progress(progress: LoadProgress) -> None:
+    percent = "" if progress.fraction is None else f" {progress.fraction:.0%}"
+    detail = f": {progress.detail}" if progress.detail else ""
+    logger.info("%s%s%s", progress.phase, detail, percent)
+
+
+if __name__ == "__main__":
+    main()

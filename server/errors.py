@@ -1,0 +1,94 @@
+"""Engine error -> OpenAI error body and HTTP status: the one table, and the only place where error JSON is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import EngineUnavailable, InvalidRequest, ModelNotFound, OctavoError, RequestFailed
+
+logger = logging.getLogger("octavo.server")
+
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for a client that went away; nobody is left to read it
+
+
+class Unauthorized(OctavoError):
+    """The request brings no API key, or a wrong one (401)."""
+
+    default_code = "invalid_api_key"
+
+
+class ClientDisconnected(Exception):
+    """The client went away before its answer began."""
+
+
+# First match wins. Whatever is not here (a ConfigError, say) is no request's fault: 500.
+_TABLE: tuple[tuple[type[OctavoError], int, str], ...] = (
+    (InvalidRequest, 400, "invalid_request_error"),
+    (Unauthorized, 401, "invalid_request_error"),
+    (ModelNotFound, 404, "invalid_request_error"),
+    (EngineUnavailable, 503, "service_unavailable_error"),
+    (RequestFailed, 500, "server_error"),
+)
+_HTTP_MESSAGES = {
+    404: ("There is no such path; see /docs for those there are.", "not_found"),
+    405: ("This path does not take this method; see /docs.", "method_not_allowed"),
+}
+
+
+def status_and_type(error: OctavoError) -> tuple[int, str]:
+    """HTTP status and OpenAI error type."""
+    return next(((status, kind) for cls, status, kind in _TABLE if isinstance(error, cls)), (500, "server_error"))
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
+    """OpenAI's error object as JSON."""
+    return msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def error_event_body(error: Exception) -> bytes:
+    """The same for an error in the middle of a stream. What is no OctavoError is a bug: logged, and told without details."""
+    if isinstance(error, OctavoError):
+        return error_body(error.message, status_and_type(error)[1], error.param, error.code)
+    logger.error("a stream ended by an internal error", exc_info=error)
+    return error_body("The server met an internal error.", "server_error", code="internal_error")
+
+
+def octavo_error_response(error: OctavoError) -> Response:
+    status, kind = status_and_type(error)
+    headers: Mapping[str, str] = {}
+    if status == 503:
+        headers = {"Retry-After": "2"}
+    elif status == 401:
+        headers = {"WWW-Authenticate": "Bearer"}
+    body = error_body(error.message, kind, error.param, error.code)
+    return Response(body, status, headers=headers, media_type="application/json")
+
+
+async def on_octavo_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, OctavoError)
+    return octavo_error_response(error)
+
+
+async def on_http_exception(_request: Request, error: Exception) -> Response:
+    """Wrong paths and methods, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    message, code = _HTTP_MESSAGES.get(error.status_code, ("The request was refused.", "invalid_request"))
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    body = error_body(message, kind, code=code)
+    return Response(body, error.status_code, headers=error.headers, media_type="application/json")
+
+
+async def on_disconnect(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def on_bug(_request: Request, _error: Exception) -> Response:
+    """Anything unforeseen; the traceback goes to the log by way of the server."""
+    body = error_body("The server met an internal error.", "server_error", code="internal_error")
+    return Response(body, 500, media_type="application/json")

@@ -1,0 +1,96 @@
+"""Prometheus metrics: the only importer of prometheus_client. Names are vLLM's behind the prefix `octavo_`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.messages import EngineStats
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_ITL_BUCKETS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
+_E2E_BUCKETS_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+_GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("num_requests_running", "Sequences that the engine is computing.", lambda s: s.num_running),
+    ("num_requests_waiting", "Requests queued in the engine.", lambda s: s.num_waiting),
+    ("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", lambda s: s.num_referenced_blocks / max(s.num_blocks, 1)),
+    ("kv_cache_cached_blocks", "Free KV pages whose content can be found again.", lambda s: s.num_cached_blocks),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("prompt_tokens", "Prompt tokens of the requests admitted.", lambda s: s.prompt_tokens),
+    ("generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+    ("prefix_cache_hits", "Prompt tokens that the prefix cache served.", lambda s: s.cached_prompt_tokens),
+    ("num_preemptions", "Sequences that had to give their pages back.", lambda s: s.preemptions),
+    ("recomputed_tokens", "Tokens computed again after preemption.", lambda s: s.recomputed_tokens),
+    ("engine_computed_tokens", "Tokens that went through the model.", lambda s: s.computed_tokens),
+    ("engine_steps", "Engine steps.", lambda s: s.steps),
+    ("engine_step_seconds", "Time spent in engine steps.", lambda s: s.step_seconds),
+)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's numbers when somebody scrapes, so that nothing has to be copied in between."""
+
+    def __init__(self, model_name: str, read_stats: Callable[[], EngineStats]) -> None:
+        self._model_name = model_name
+        self._read_stats = read_stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._read_stats()
+        for name, text, read in _GAUGES:
+            gauge = GaugeMetricFamily(f"octavo_{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model_name], read(stats))
+            yield gauge
+        for name, text, read in _COUNTERS:
+            counter = CounterMetricFamily(f"octavo_{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], read(stats))
+            yield counter
+
+
+class Metrics:
+    """All metrics of one server, in a registry of its own. Times in seconds."""
+
+    def __init__(self, model_name: str, read_stats: Callable[[], EngineStats]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(model_name, read_stats))
+        self._model_name = model_name
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(f"octavo_{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+            return family.labels(model_name)
+
+        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS_S)
+        self._itl = histogram("inter_token_latency_seconds", "Between two outputs of one choice.", _ITL_BUCKETS_S)
+        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E_BUCKETS_S)
+        self._prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
+        self._output_tokens = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
+        self._finished = Counter(
+            "octavo_request_success", "Choices finished.", ["model_name", "finished_reason"], registry=self._registry
+        )
+
+    def observe_first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def observe_inter_token(self, seconds: float) -> None:
+        self._itl.observe(seconds)
+
+    def observe_finish(self, reason: str) -> None:
+        """reason: stop, length, abort or error; one call a choice."""
+        self._finished.labels(self._model_name, reason).inc()
+
+    def observe_request(self, seconds: float, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """A request whose choices have all finished."""
+        self._e2e.observe(seconds)
+        self._prompt_tokens.observe(num_prompt_tokens)
+        self._output_tokens.observe(num_output_tokens)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,52 @@
+"""ServerState: what every endpoint of one server is given."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from engine.client import EngineClient
+from engine.errors import EngineUnavailable, ModelNotFound
+from engine.messages import EngineReady
+from server.config import ServerConfig
+from server.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """created: seconds since 1970, for /v1/models."""
+
+    client: EngineClient
+    config: ServerConfig
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def require_ready(self) -> EngineReady:
+        """What the engine decided at load. Raises EngineUnavailable while it is loading, or gone."""
+        if self.client.state == "ready" and self.client.ready is not None:
+            return self.client.ready
+        raise EngineUnavailable(self.describe())
+
+    def describe(self) -> str:
+        """The engine's state in a sentence."""
+        client = self.client
+        if client.state == "starting":
+            progress = client.progress
+            if progress is None:
+                return "The model is being loaded; try again soon."
+            done = "" if progress.fraction is None else f", {progress.fraction:.0%}"
+            return (
+                f"The model is being loaded ({' '.join(f'{progress.phase} {progress.detail}'.split())}{done}); try again soon."
+            )
+        if client.state == "failed":
+            return f"The engine is not running: {client.failure.message if client.failure else 'it ended unexpectedly'}"
+        return "The model is ready." if client.state == "ready" else "The server is shutting down."
+
+    def resolve_model(self, name: str) -> str:
+        """The name to answer with; the first one for a request that names none. Raises ModelNotFound."""
+        names = self.config.model_names
+        if not name:
+            return names[0]
+        if name in names:
+            return name
+        raise ModelNotFound(f"This server does not serve the model asked for; it serves {', '.join(names)}.", param="model")

@@ -1,0 +1,157 @@
+"""FakeEngineClient: an EngineClient without an engine. It says what its script says, a token a turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import cast
+
+import httpx
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from engine.client import ChoiceDelta, EngineClient
+from engine.errors import OctavoError
+from engine.messages import EngineReady, EngineStats, LoadProgress, TokenLogprobs
+from engine.sampling_params import SamplingParams
+from engine.tokenizer import Tokenizer
+from server.app import create_app
+from server.config import ServerConfig
+
+CONTEXT = 64
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """One token a byte, in the order of byte-level BPE's alphabet, and <eos>. ASCII only in tests."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    templates = {} if chat_template is None else {"default": chat_template}
+    return Tokenizer(backend, special_tokens={"eos_token": "<eos>"}, eos_token_ids=frozenset({256}), chat_templates=templates)
+
+
+class FakeStream:
+    """The tokens of `script` for every choice, cut at max_tokens; waits for `gate` before each turn."""
+
+    def __init__(self, client: FakeEngineClient, prompt: list[int], sampling: SamplingParams) -> None:
+        self._client = client
+        self._prompt = prompt
+        self._sampling = sampling
+        self.num_prompt_tokens = len(prompt)
+        self.aborted = False
+        self._turns = self._run()
+
+    def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
+        return self._turns
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    async def _run(self) -> AsyncIterator[list[ChoiceDelta]]:
+        sampling, tokenizer = self._sampling, self._client.tokenizer
+        script = self._client.script[: sampling.max_tokens]
+        reason = "length" if len(self._client.script) >= sampling.max_tokens else "stop"
+        for index in range(max(len(script), 1)):
+            await self._client.gate.wait()
+            await asyncio.sleep(0)
+            if self._client.fail_after == index:
+                raise self._client.stream_error
+            ids = script[index : index + 1]
+            yield [
+                ChoiceDelta(
+                    choice_index=choice,
+                    text=tokenizer.decode(ids),
+                    token_ids=ids,
+                    logprobs=[self._logprobs(token_id, sampling.logprobs) for token_id in ids] if self._wants else None,
+                    finish_reason=reason if index >= len(script) - 1 else None,
+                    prompt_logprobs=self._prompt_logprobs() if index == 0 else None,
+                    num_cached_tokens=self._client.num_cached_tokens if index == 0 else 0,
+                )
+                for choice in range(sampling.n)
+            ]
+
+    @property
+    def _wants(self) -> bool:
+        return self._sampling.logprobs is not None
+
+    def _logprobs(self, token_id: int, num_top: int | None) -> TokenLogprobs:
+        ids = list(range(65, 65 + (num_top or 0)))
+        return TokenLogprobs(-0.5, 1, ids, [float("-inf") if rank else -0.25 for rank in range(len(ids))])
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        if self._sampling.prompt_logprobs is None:
+            return None
+        return [None, *(self._logprobs(token_id, self._sampling.prompt_logprobs) for token_id in self._prompt[1:])]
+
+
+class FakeEngineClient:
+    """script: the tokens of every answer. gate: closed (`clear()`), streams wait. refusal: raised by generate."""
+
+    def __init__(self, script: str = "Hello world") -> None:
+        self.tokenizer = byte_tokenizer()
+        self.script = self.tokenizer.encode(script)
+        self.state = "ready"
+        self.progress: LoadProgress | None = None
+        self.failure: OctavoError | None = None
+        self.stats = EngineStats(num_blocks=10, num_referenced_blocks=5, prompt_tokens=7, generation_tokens=3)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refusal: OctavoError | None = None
+        self.fail_after: int | None = None
+        self.stream_error: Exception = OctavoError("never raised")
+        self.num_cached_tokens = 0
+        self.streams: list[FakeStream] = []
+        self.sampling: list[SamplingParams] = []
+        self.prompts: list[list[int]] = []
+        self.stops: list[list[str]] = []
+        self.ready: EngineReady | None = EngineReady(
+            model_dir="/nowhere",
+            architecture="FakeForCausalLM",
+            device="cpu",
+            dtype="float32",
+            attention_backend="fake",
+            vocab_size=self.tokenizer.vocab_size,
+            max_model_len=CONTEXT,
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            block_size=16,
+            num_blocks=[10],
+            kv_cache_bytes=1024,
+            kv_cache_tokens=160,
+            eos_token_ids=[256],
+            generation_defaults={},
+            load_seconds={},
+            notes=[],
+        )
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        cache_salt: str = "",
+    ) -> FakeStream:
+        await asyncio.sleep(0)
+        if self.refusal is not None:
+            raise self.refusal
+        self.prompts.append(prompt_token_ids)
+        self.sampling.append(sampling)
+        self.stops.append(list(stop))
+        stream = FakeStream(self, prompt_token_ids, sampling)
+        self.streams.append(stream)
+        return stream
+
+    def http(self, config: ServerConfig | None = None) -> httpx.AsyncClient:
+        """An HTTP client of an application around this engine client."""
+        app = create_app(cast(EngineClient, self), config or ServerConfig(model="tiny"))
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://test")
