@@ -49,6 +49,8 @@ _LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+
 # name -> (model_type, what differs from _BASE)
 _SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -93,6 +95,7 @@ _SPECS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 8,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
+            "rope_parameters": _YARN,
         },
     ),
 }
