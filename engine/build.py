@@ -21,7 +21,7 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.memory_plan import KVPlan, estimate_kv_groups, estimate_weight_bytes, plan_kv_cache
 from engine.messages import EngineReady
 from engine.model_files import resolve_model
-from engine.model_loader import LoadedModel, choose_dtype, load_model
+from engine.model_loader import LoadedModel, load_model, max_context, resolve_dtype
 from engine.model_runner import ModelRunner
 from engine.model_support import read_config
 from engine.scheduler import Scheduler
@@ -63,8 +63,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     with phase("resolve", config.model.model):
         folder = resolve_model(config.model, report)
         hf_config = read_config(folder)
-        dtype = choose_dtype(config.model, hf_config, limits.device)
-    model_context = int(hf_config.get_text_config().max_position_embeddings)
+        dtype = resolve_dtype(config.model.dtype, limits.device, hf_config)
+    model_context = max_context(hf_config.get_text_config(decoder=True))
     free_bytes = _bytes_for_pages(config, folder, dtype, limits)
 
     def plan(groups: tuple[KVGroupSpec, ...], max_model_len: int | None) -> KVPlan:
@@ -84,7 +84,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         estimate_kv_groups(hf_config.to_dict(), config.cache.block_size, dtype.itemsize), config.model.max_model_len
     )
     with phase("load", f"{folder.name} as {_name(dtype)} on {limits.device}"):
-        loaded = load_model(folder, hf_config, config.model, limits.device, dtype, max_model_len=estimate.max_model_len)
+        loaded = load_model(folder, config.model, limits.device, dtype, served_context=estimate.max_model_len)
     with phase("allocate pages"):
         groups = group_layers(loaded.layers, config.cache.block_size, dtype.itemsize)
         kv_plan = plan(groups, estimate.max_model_len)
@@ -122,7 +122,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         eos_token_ids=frozenset(loaded.eos_token_ids),
         pipeline_depth=limits.pipeline_depth,
     )
-    return core, _ready(config, limits, loaded, folder, kv_plan, [*estimate.notes, *loaded.notes], seconds, backend.name)
+    return core, _ready(config, limits, loaded, folder, kv_plan, estimate.notes, seconds, backend.name)
 
 
 def _limits(config: EngineConfig) -> _Limits:
@@ -173,7 +173,7 @@ def _activation_bytes(folder: Path, dtype: torch.dtype, limits: _Limits) -> int:
     text = read_config(folder).get_text_config()
     widest = 4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
     logits = 3 * 4 * limits.max_num_seqs * text.vocab_size
-    return 2 * limits.max_num_batched_tokens * widest * dtype.itemsize + logits
+    return int(2 * limits.max_num_batched_tokens * widest * dtype.itemsize + logits)
 
 
 def _ready(
