@@ -19,6 +19,7 @@ from engine.step import NewRow, SchedulerOutput
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+SeedArray = npt.NDArray[np.uint64]
 
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -62,7 +63,7 @@ class SamplingBatch:
     repetition_penalty: FloatArray
     presence_penalty: FloatArray
     frequency_penalty: FloatArray
-    seed: npt.NDArray[np.uint64]
+    seed: SeedArray
     output_index: IntArray
     num_logprobs: IntArray
     biases: list[tuple[int, IntArray, FloatArray]] = field(default_factory=list)

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from engine.input_batch import FloatArray, IntArray, SamplingBatch, to_device
-from engine.philox import WORD_MASK, log_exponential
+from engine.input_batch import FloatArray, IntArray, SamplingBatch, SeedArray, to_device
+from engine.philox import WORD_MASK, token_noise, token_noise_on_host
 
 NOISE_RANGE = 26.1
 """-log E of a 32-bit uniform lies in [-2.82, 22.88] (philox.log_exponential): a token this far below the best cannot win."""
 
 _LANES = 4
-_GROUPS_AT_ONCE = 65536  # on a CPU: temporaries of half a megabyte, which stay in the L2 cache
 _NEGATIVE_INFINITY = float("-inf")
 
 
@@ -47,44 +46,33 @@ def _sample_random(logits: torch.Tensor, batch: SamplingBatch, rows: IntArray) -
     scaled = logits.div_(to_device(batch.temperature[rows], device)[:, None])
     _apply_top_k_top_p(scaled, batch.top_k[rows], batch.top_p[rows])
     _apply_min_p(scaled, batch.min_p[rows])
-    seed = batch.seed[rows]
-    keys = np.stack([seed & np.uint64(WORD_MASK), seed >> np.uint64(32)]).astype(np.int64)
-    noise_ids = to_device(np.concatenate([keys, batch.output_index[rows][None]]), device)
     if padding := -scaled.shape[1] % _LANES:
         scaled = F.pad(scaled, (0, padding), value=_NEGATIVE_INFINITY)
     choose = gumbel_argmax_pruned if device.type == "cpu" else gumbel_argmax_dense
-    return choose(scaled, noise_ids)
+    return choose(scaled, batch.seed[rows], batch.output_index[rows])
 
 
-def gumbel_argmax_dense(scaled: torch.Tensor, noise_ids: torch.Tensor) -> torch.Tensor:
-    """argmax(scaled - log E), int64 [R]. scaled: [R, V], V a multiple of 4. noise_ids: key low, key high, output index, [3, R].
+def gumbel_argmax_dense(scaled: torch.Tensor, seeds: SeedArray, output_index: IntArray) -> torch.Tensor:
+    """argmax(scaled - log E), int64 [R], of scaled [R, V], V a multiple of 4, with seeds and output indices [R].
 
     Noise for every token and no synchronisation: for accelerators, and the definition of gumbel_argmax_pruned.
     """
-    key_low, key_high, output_index = noise_ids[:, :, None]
+    keys = np.stack([seeds & np.uint64(WORD_MASK), seeds >> np.uint64(32)]).astype(np.int64)
+    noise_ids = to_device(np.concatenate([keys, output_index[None]]), scaled.device)
+    key_low, key_high, index = noise_ids[:, :, None]
     groups = torch.arange(scaled.shape[1] // _LANES, device=scaled.device)
-    zero = torch.zeros_like(output_index)
-    log_e = log_exponential((groups, output_index, zero, zero), (key_low, key_high))
-    return (scaled - log_e.view_as(scaled)).argmax(dim=-1)
+    return (scaled - token_noise(groups, index, (key_low, key_high)).view_as(scaled)).argmax(dim=-1)
 
 
-def gumbel_argmax_pruned(scaled: torch.Tensor, noise_ids: torch.Tensor) -> torch.Tensor:
-    """The same result bit for bit, with noise only for the groups of four tokens of which one can still win."""
-    num_rows = scaled.shape[0]
-    alive = ~(scaled < scaled.amax(dim=-1, keepdim=True) - NOISE_RANGE)  # so written, a row of NaN keeps candidates
-    rows, groups = torch.nonzero(alive.view(torch.int32), as_tuple=True)  # four bools at once
-    scores = scaled.view(num_rows, -1, _LANES)[rows, groups]
-    zero = torch.zeros(1, dtype=torch.int64)
-    for start in range(0, rows.numel(), _GROUPS_AT_ONCE):
-        part = slice(start, start + _GROUPS_AT_ONCE)
-        key_low, key_high, output_index = noise_ids[:, rows[part]]
-        scores[part] -= log_exponential((groups[part], output_index, zero, zero), (key_low, key_high))
-    ends = torch.bincount(rows, minlength=num_rows).cumsum(0).tolist()
-    tokens, start = [], 0
-    for end in ends:
-        best = int(scores[start:end].argmax())  # groups ascend within a row: the first maximum is the lowest token id
-        tokens.append(int(groups[start + best // _LANES]) * _LANES + best % _LANES)
-        start = end
+def gumbel_argmax_pruned(scaled: torch.Tensor, seeds: SeedArray, output_index: IntArray) -> torch.Tensor:
+    """The same bit for bit on a CPU, with noise only for the groups of four tokens of which one can still win."""
+    tokens = []
+    for row, seed, index in zip(scaled, seeds.tolist(), output_index.tolist(), strict=True):
+        alive = ~(row < row.max() - NOISE_RANGE)  # so written, a row of NaN keeps candidates
+        groups = torch.nonzero(alive.view(torch.int32))[:, 0]  # four bools at once
+        scores = row.view(-1, _LANES)[groups] - token_noise_on_host(groups.numpy().view(np.uint64), index, seed)
+        best = int(scores.argmax())  # groups ascend: the first maximum is the lowest token id
+        tokens.append(int(groups[best // _LANES]) * _LANES + best % _LANES)
     return torch.tensor(tokens, dtype=torch.int64)
 
 
@@ -145,21 +133,26 @@ def _apply_top_k_top_p(scaled: torch.Tensor, top_k: IntArray, top_p: FloatArray)
     wants_p = np.flatnonzero(top_p < 1.0)
     if wants_p.size:
         rows = to_device(wants_p, scaled.device)
-        scaled[rows] = _masked_by_top_p(scaled[rows], to_device(top_p[wants_p], scaled.device)[:, None])
+        part = scaled[rows]
+        probs = part.softmax(dim=-1)
+        floor = _top_p_floors(probs, top_p[wants_p])
+        # By value, not by rank: which of two equal tokens a sort puts first may depend on the batch.
+        scaled[rows] = part.masked_fill(probs < floor[:, None], _NEGATIVE_INFINITY)
 
 
-def _masked_by_top_p(scaled: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    probs = scaled.softmax(dim=-1)
-    width = scaled.shape[1]
-    if scaled.device.type == "cpu":
-        # Tokens below (1 - p) / V have less than 1 - p together, so all that is kept lies above: sort no further than that.
-        # The half leaves room for rounding.
-        width = max(1, int((probs >= 0.5 * (1.0 - top_p) / width).sum(dim=-1).max()))
-    best = probs.topk(width, dim=-1).values
-    mass_before = best.cumsum(dim=-1) - best
-    num_kept = (mass_before < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
-    # By value, not by id: topk breaks ties in an order that depends on the width, and so on the batch.
-    return scaled.masked_fill(probs < best.gather(1, num_kept - 1), _NEGATIVE_INFINITY)
+def _top_p_floors(probs: torch.Tensor, top_p: FloatArray) -> torch.Tensor:
+    """The probability of the last token that top_p keeps, [R]."""
+    if probs.device.type == "cpu":
+        return torch.tensor([_top_p_floor(row, p) for row, p in zip(probs.numpy(), top_p.tolist(), strict=True)])
+    best = probs.sort(dim=-1, descending=True).values
+    short_of_p = best.cumsum(dim=-1)[:, :-1] < to_device(top_p, probs.device)[:, None]
+    return best.gather(1, short_of_p.sum(dim=-1, keepdim=True))[:, 0]
+
+
+def _top_p_floor(probs: FloatArray, top_p: float) -> float:
+    # Tokens below (1 - p) / V have less than 1 - p together, so all that is kept lies above. The half is for rounding.
+    best = np.sort(probs[probs >= 0.5 * (1.0 - top_p) / probs.size])[::-1]
+    return float(best[np.count_nonzero(np.cumsum(best)[:-1] < top_p)]) if best.size else 0.0
 
 
 def _apply_min_p(scaled: torch.Tensor, min_p: FloatArray) -> None:
