@@ -42,10 +42,10 @@ class ServerState:
             return f"The engine is not running: {client.failure.message if client.failure else 'it ended unexpectedly'}"
         return "The model is ready." if client.state == "ready" else "The server is shutting down."
 
-    def resolve_model(self, name: str) -> str:
+    def resolve_model(self, name: str | None) -> str:
         """The name to answer with; the first one for a request that names none. Raises ModelNotFound."""
         names = self.config.model_names
-        if not name:
+        if name is None:
             return names[0]
         if name in names:
             return name

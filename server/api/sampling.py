@@ -56,7 +56,7 @@ class GenerationRequest(RequestBody):
         "truncate_prompt_tokens": (),
     }
 
-    model: str = ""
+    model: str | None = None
     n: Integer = 1
     max_tokens: Integer | None = None
     min_tokens: Integer = 0

@@ -91,7 +91,10 @@ class FakeStream:
 
 
 class FakeEngineClient:
-    """script: the tokens of every answer. gate: closed (`clear()`), streams wait. refusal: raised by generate."""
+    """script: the tokens of every answer. gate, accepting: cleared, streams or `generate` wait.
+
+    refusal: raised by `generate` once there are `refuse_after` streams. fail_after: tokens before `stream_error` is raised.
+    """
 
     def __init__(self, script: str = "Hello world") -> None:
         self.tokenizer = byte_tokenizer()
@@ -102,7 +105,10 @@ class FakeEngineClient:
         self.stats = EngineStats(num_blocks=10, num_referenced_blocks=5, prompt_tokens=7, generation_tokens=3)
         self.gate = asyncio.Event()
         self.gate.set()
+        self.accepting = asyncio.Event()
+        self.accepting.set()
         self.refusal: OctavoError | None = None
+        self.refuse_after = 0
         self.fail_after: int | None = None
         self.stream_error: Exception = OctavoError("never raised")
         self.num_cached_tokens = 0
@@ -140,8 +146,9 @@ class FakeEngineClient:
         skip_special_tokens: bool = True,
         cache_salt: str = "",
     ) -> FakeStream:
+        await self.accepting.wait()
         await asyncio.sleep(0)
-        if self.refusal is not None:
+        if self.refusal is not None and len(self.streams) >= self.refuse_after:
             raise self.refusal
         self.prompts.append(prompt_token_ids)
         self.sampling.append(sampling)
