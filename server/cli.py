@@ -31,6 +31,7 @@ USAGE = """usage: octavo serve [MODEL] [flags]    serve a model over the OpenAI 
        octavo --version"""
 BACKLOG = 2048
 STATE_POLL_S = 0.2
+CLOSE_TIMEOUT_S = 3.0
 
 
 def main() -> None:
@@ -116,7 +117,7 @@ class _Service:
         self._client = EngineClient(Supervisor(config.engine_config()), chat_template=chat_template)
         self._client.on_progress = _print_progress
         self._base_url = _base_url(sock)
-        self._serving: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
         # Streams end by themselves when their requests do; sse-starlette would cut them all at the first signal.
         AppStatus.enable_automatic_graceful_drain = False
         self._server = _Server(
@@ -128,7 +129,6 @@ class _Service:
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=max(1, round(config.shutdown_timeout_s)),
             )
         )
 
@@ -137,7 +137,7 @@ class _Service:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        self._serving = serving = asyncio.create_task(self._server.serve(sockets=[self._sock]))
+        serving = asyncio.create_task(self._server.serve(sockets=[self._sock]))
         engine = asyncio.create_task(self._run_engine())
         try:
             await asyncio.wait({serving, engine}, return_when=asyncio.FIRST_COMPLETED)
@@ -146,14 +146,24 @@ class _Service:
         finally:
             self._server.should_exit = True
             engine.cancel()
+            await self._drain(serving)
             await asyncio.gather(serving, engine, return_exceptions=True)
-            await self._client.stop()
         return 0
+
+    async def _drain(self, serving: asyncio.Task[None]) -> None:
+        """Lets open streams finish; those that have not in time are ended with an error event, so that their clients know."""
+        hurry = asyncio.create_task(self._hurry.wait())
+        timeout_s = self._config.shutdown_timeout_s
+        await asyncio.wait({serving, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        await self._client.stop()
+        await asyncio.wait({serving}, timeout=CLOSE_TIMEOUT_S)
+        serving.cancel()
 
     def _on_signal(self) -> None:
         """The first signal lets open streams finish, the second ends them."""
-        if self._server.should_exit and self._serving is not None:
-            self._serving.cancel()
+        if self._server.should_exit:
+            self._hurry.set()
             return
         num_open = self._client.num_open_streams
         logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from engine.client import ChoiceDelta
 from engine.errors import InvalidRequest
-from engine.messages import EngineReady
+from engine.messages import EngineReady, TokenLogprobs
 from engine.sampling_params import MAX_LOGPROBS
 from engine.tokenizer import Tokenizer
 from server.api.body import json_type, read_json_object, validate
@@ -139,6 +139,7 @@ class _Answer:
         self._prompts = prompts
         self._include_usage = body.include_usage
         self._logprobs: dict[int, LegacyLogprobsBuilder] = {}
+        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self.generation: Generation
 
     @classmethod
@@ -219,8 +220,11 @@ class _Answer:
             if self.body.echo:
                 prompt = self._prompts[prompt_index]
                 text = self._prompt_text(prompt) + text
+                # The engine sends them once, with the first choice's first event; all choices echo the same.
                 if delta.prompt_logprobs is not None:
-                    logprobs = builder.build(prompt.token_ids, delta.prompt_logprobs)
+                    self._prompt_logprobs[prompt_index] = delta.prompt_logprobs
+                if prompt_index in self._prompt_logprobs:
+                    logprobs = builder.build(prompt.token_ids, self._prompt_logprobs[prompt_index])
         if delta.logprobs is not None:
             own = builder.build(delta.token_ids, delta.logprobs)
             logprobs = own if logprobs is None else logprobs.extend(own)

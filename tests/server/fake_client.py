@@ -70,7 +70,7 @@ class FakeStream:
                     token_ids=ids,
                     logprobs=[self._logprobs(token_id, sampling.logprobs) for token_id in ids] if self._wants else None,
                     finish_reason=reason if index >= len(script) - 1 else None,
-                    prompt_logprobs=self._prompt_logprobs() if index == 0 else None,
+                    prompt_logprobs=self._prompt_logprobs() if index == choice == 0 else None,
                     num_cached_tokens=self._client.num_cached_tokens if index == 0 else 0,
                 )
                 for choice in range(sampling.n)

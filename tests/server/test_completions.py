@@ -77,6 +77,11 @@ def test_echo_with_logprobs(api: Api, stream: bool) -> None:
     assert len(merged["top_logprobs"][2]) == 3 and min(merged["top_logprobs"][2].values()) == -9999.0
 
 
+def test_every_choice_echoes_the_prompt_with_its_logprobs(api: Api) -> None:
+    body = api.complete(prompt=["ab", "cd"], echo=True, logprobs=0, max_tokens=1, n=2).json()
+    assert [choice["logprobs"]["tokens"] for choice in body["choices"]] == [["a", "b", "H"]] * 2 + [["c", "d", "H"]] * 2
+
+
 def test_echo_alone_computes_the_prompt_only(api: Api) -> None:
     choice = api.complete(prompt="ab", echo=True, logprobs=0, max_tokens=0).json()["choices"][0]
     assert choice["text"] == "ab" and choice["finish_reason"] == "length"
