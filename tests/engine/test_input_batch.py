@@ -68,8 +68,9 @@ def test_sampled_tokens_come_from_the_device() -> None:
 
 def test_a_slot_is_filled_again() -> None:
     batch = make_batch()
-    batch.apply(step_of([], new_rows=[row_of(1, list(range(20)), [[1, 2, 3, 4, 5]], logit_bias={3: 1.0})]))
-    batch.apply(step_of([], freed_slots=[1], new_rows=[row_of(1, [7, 8, 9], [[9]], num_prompt=2)]))
+    knobs: dict[str, Any] = {"logit_bias": {3: 1.0}, "presence_penalty": 1.0, "min_tokens": 9, "stop_token_ids": (4,)}
+    batch.apply(step_of([], new_rows=[row_of(1, list(range(20)), [[1, 2, 3, 4, 5]], **knobs)]))
+    batch.apply(step_of([], freed_slots=[1], new_rows=[row_of(1, [7, 8, 9], [[9]], num_prompt=2, min_tokens=9)]))
     batch.apply(step_of([], new_blocks=[(1, ([11, 12],))]))
     step = step_of([(1, 0, 3)])
     inputs = batch.build(step)
@@ -78,7 +79,20 @@ def test_a_slot_is_filled_again() -> None:
     (table,) = batch.build(step_of([(1, 8, 1)])).ragged.block_tables[0]
     assert np.asarray(table).tolist() == [9, 11, 12]
     sampling = batch.sampling.take([1], np.array([3]))
-    assert sampling.biases == [] and sampling.output_index.tolist() == [1]
+    assert (sampling.biases, sampling.banned, sampling.penalties) == ([], [], None)
+    assert sampling.output_index.tolist() == [1]
+
+
+def test_recorded_tokens_are_counted_for_penalties() -> None:
+    batch = make_batch()
+    rows = [row_of(0, [1], [[1]]), row_of(2, [1, 6], [[2]], num_prompt=1, frequency_penalty=1.0)]
+    batch.apply(step_of([], new_rows=rows))
+    for token in (6, 8):
+        batch.record([0, 2], torch.tensor([9, token]))
+    penalties = batch.sampling.take([0, 2], np.array([3, 4])).penalties
+    assert penalties is not None and penalties.rows.tolist() == [1]
+    counts = penalties.output_counts[int(penalties.state_rows[0])]
+    assert {i: n for i, n in enumerate(counts.tolist()) if n} == {6: 2, 8: 1}
 
 
 def test_forks_fill_their_slots() -> None:

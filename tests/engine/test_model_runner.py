@@ -164,24 +164,40 @@ def test_preempted_choice_goes_on_as_if_nothing_had_happened(runner: ModelRunner
     assert again == tokens[5:]
 
 
+Drawn = tuple[list[int], list[float]]
+
+
+def tokens_and_logprobs(runner: ModelRunner, slots: list[int], start: int, count: int) -> list[Drawn]:
+    """By slot, what `count` decode steps sample, beginning with the token at position `start` as input."""
+    found: list[Drawn] = [([], []) for _ in slots]
+    for position in range(start, start + count):
+        output = run(runner, step_of([(slot, position, 1) for slot in slots]))
+        for (tokens, logprobs), token, entry in zip(found, output.token_ids, output.logprobs, strict=True):
+            assert entry is not None and entry.top_token_ids == []
+            tokens.append(token)
+            logprobs.append(entry.logprob)
+    return found
+
+
 def test_forks_sample_from_the_parent_s_logits_and_own_their_last_page(runner: ModelRunner, folder: Path) -> None:
-    prompt, count = PROMPTS[1], 3  # 17 tokens: two full pages to share and one page with a token in it
-    sampling = SamplingParams(temperature=2.0, n=count, max_tokens=64)
+    prompt, count = PROMPTS[2], 3  # 30 tokens: three full pages to share and one with six tokens in it
+    sampling = SamplingParams(temperature=2.0, n=count, max_tokens=64, logprobs=0)
     parent = new_row(0, prompt, sampling, seed=choice_seed(5, 0))
     (parent_blocks,) = parent.block_ids
     forks = []
     for i in range(1, count):
         row = new_row(i, prompt, sampling, seed=choice_seed(5, i))
-        row.block_ids = (parent_blocks[:2] + row.block_ids[0][2:],)
-        forks.append(Fork(0, row, [(0, parent_blocks[2], row.block_ids[0][2])]))
-    first = run(runner, step_of([(0, 0, 17)], new_rows=[parent], forks=forks))
-    later = decode(runner, {0: 18, 1: 18, 2: 18}, 6)
-    choices = [[first.token_ids[i], *later[i]] for i in range(count)]
-    assert len({tuple(choice) for choice in choices}) == count
+        row.block_ids = (parent_blocks[:3] + row.block_ids[0][3:],)
+        forks.append(Fork(0, row, [(0, parent_blocks[3], row.block_ids[0][3])]))
+    first = run(runner, step_of([(0, 0, 30)], new_rows=[parent], forks=forks)).token_ids
+    choices = tokens_and_logprobs(runner, [0, 1, 2], 30, 6)
+    assert len({(token, *tokens) for token, (tokens, _) in zip(first, choices, strict=True)}) == count
     other = make_runner(folder)
     for i in range(count):
-        alone = run(other, step_of([(i, 0, 17)], new_rows=[new_row(i, prompt, sampling, seed=choice_seed(5, i))])).token_ids
-        assert [*alone, *decode(other, {i: 18}, 6)[i]] == choices[i]
+        row = new_row(i, prompt, sampling, seed=choice_seed(5, i))
+        assert run(other, step_of([(i, 0, 30)], new_rows=[row])).token_ids == [first[i]]
+        ((tokens, logprobs),) = tokens_and_logprobs(other, [i], 30, 6)
+        assert tokens == choices[i][0] and logprobs == pytest.approx(choices[i][1], abs=1e-4)
 
 
 def test_logprobs_are_of_the_raw_distribution(runner: ModelRunner, reference: Any) -> None:
