@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from bench_report import MARKDOWN_HEAD, Sample, format_markdown_row, format_table, summarize
 from bench_serving import words
-from engine.model_loader import resolve_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from engine.config import ModelConfig
+from engine.model_loader import resolve_model
 
 
 class StepClock(BaseStreamer):
