@@ -109,7 +109,9 @@ def _apply_masks(logits: torch.Tensor, batch: SamplingBatch) -> None:
     if batch.banned:
         rows = np.concatenate([np.full(ids.size, row) for row, ids in batch.banned])
         ids = np.concatenate([ids for _, ids in batch.banned])
-        logits[to_device(rows, device), to_device(ids, device)] = _NEGATIVE_INFINITY
+        # A tensor, because assigning a plain number through an index waits for the device.
+        index = to_device(rows, device), to_device(ids, device)
+        logits.index_put_(index, logits.new_full((), _NEGATIVE_INFINITY))
     if batch.allowed:
         rows = np.fromiter(batch.allowed, dtype=np.int64)
         words = to_device(np.stack(list(batch.allowed.values())), device)

@@ -91,7 +91,7 @@ def main() -> int:
     args = make_parser().parse_args()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    model_dir = resolve_model(ModelConfig(model=args.model), lambda progress: None)
+    model_dir = resolve_model(ModelConfig(model=args.model), lambda phase, detail, fraction: None)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
