@@ -61,11 +61,10 @@ def _serve(argv: Sequence[str]) -> int:
         chat_template = config.read_chat_template()
     except ConfigError as error:
         return _fail(error.message, 2)
-    setproctitle.setproctitle("octavo: frontend")
-    _set_up_logging(config.log_level)
     try:
-        sock = listen(config.host, config.port)
-        with sock:
+        with listen(config.host, config.port) as sock:
+            setproctitle.setproctitle("octavo: frontend")
+            _set_up_logging(config.log_level)
             return uvloop.run(_Service(config, sock, chat_template).run())
     except OctavoError as error:
         return _fail(error.message, 1)
@@ -117,6 +116,7 @@ class _Service:
         self._client = EngineClient(Supervisor(config.engine_config()), chat_template=chat_template)
         self._client.on_progress = _print_progress
         self._base_url = _base_url(sock)
+        self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         # Streams end by themselves when their requests do; sse-starlette would cut them all at the first signal.
         AppStatus.enable_automatic_graceful_drain = False
@@ -139,15 +139,17 @@ class _Service:
             loop.add_signal_handler(number, self._on_signal)
         serving = asyncio.create_task(self._server.serve(sockets=[self._sock]))
         engine = asyncio.create_task(self._run_engine())
+        stop = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait({serving, engine}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, engine, stop}, return_when=asyncio.FIRST_COMPLETED)
             if engine.done():
                 engine.result()
         finally:
             self._server.should_exit = True
             engine.cancel()
             await self._drain(serving)
-            await asyncio.gather(serving, engine, return_exceptions=True)
+            stop.cancel()
+            await asyncio.gather(serving, engine, stop, return_exceptions=True)
         return 0
 
     async def _drain(self, serving: asyncio.Task[None]) -> None:
@@ -162,12 +164,12 @@ class _Service:
 
     def _on_signal(self) -> None:
         """The first signal lets open streams finish, the second ends them."""
-        if self._server.should_exit:
+        if self._stop.is_set():
             self._hurry.set()
             return
         num_open = self._client.num_open_streams
         logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")
-        self._server.should_exit = True
+        self._stop.set()
 
     async def _run_engine(self) -> None:
         """Starts the engine and watches it. Never returns; raises what ended the engine, or kept it from starting."""

@@ -23,6 +23,12 @@ class Unauthorized(OctavoError):
     default_code = "invalid_api_key"
 
 
+class BodyTooLarge(OctavoError):
+    """The request's body is more than this server reads (413)."""
+
+    default_code = "body_too_large"
+
+
 class ClientDisconnected(Exception):
     """The client went away before its answer began."""
 
@@ -32,6 +38,7 @@ _TABLE: tuple[tuple[type[OctavoError], int, str], ...] = (
     (InvalidRequest, 400, "invalid_request_error"),
     (Unauthorized, 401, "invalid_request_error"),
     (ModelNotFound, 404, "invalid_request_error"),
+    (BodyTooLarge, 413, "invalid_request_error"),
     (EngineUnavailable, 503, "service_unavailable_error"),
     (RequestFailed, 500, "server_error"),
 )

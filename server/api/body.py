@@ -11,9 +11,12 @@ from starlette.requests import Request
 
 from engine.errors import InvalidRequest
 from server.config import nearest
+from server.errors import BodyTooLarge
 
 IGNORED_FIELDS_HEADER = "X-Octavo-Ignored-Fields"
 MAX_LISTED_FIELDS = 32
+# Several million tokens, as text or as ids; more is a mistake, and would be held in memory several times over.
+MAX_BODY_BYTES = 64 * 2**20
 
 _JSON_TYPES = {
     bool: "a boolean",
@@ -44,9 +47,10 @@ def json_type(value: object) -> str:
 
 
 async def read_json_object(request: Request) -> dict[str, Any]:
-    """The body as an object, without the fields that are null: null means not given. Raises InvalidRequest."""
+    """The body as an object, without the fields that are null: null means not given. Raises InvalidRequest, BodyTooLarge."""
+    content = await _read_body(request)
     try:
-        data = msgspec.json.decode(await request.body())
+        data = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         # The decoder's messages give byte positions, not content; UnicodeDecodeError's would give the bytes.
         reason = str(error) if isinstance(error, msgspec.DecodeError) else "not UTF-8, or nested too deep"
@@ -54,6 +58,16 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InvalidRequest(f"The body must be a JSON object, got {json_type(data)}.", code="invalid_json")
     return without_nulls(data)
+
+
+async def _read_body(request: Request) -> bytes:
+    """Stops reading where the limit is passed, whatever Content-Length says. Raises BodyTooLarge."""
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > MAX_BODY_BYTES:
+            raise BodyTooLarge(f"The body is more than {MAX_BODY_BYTES:,} bytes.")
+    return bytes(content)
 
 
 def without_nulls(data: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,11 @@ def test_wrong_types_and_ranges_of_chat(api: Api, body: dict[str, Any], param: s
     assert error_of(api.request("POST", "/v1/chat/completions", json=body), 400)["param"] == param
 
 
+def test_a_body_that_is_too_large(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.api.body.MAX_BODY_BYTES", 1000)
+    assert error_of(api.complete(prompt="a" * 2000), 413)["code"] == "body_too_large"
+
+
 def test_past_the_context(api: Api) -> None:
     error = error_of(api.complete(prompt="a" * 60, max_tokens=5), 400)
     assert error["code"] == "context_length_exceeded" and error["param"] == "max_tokens"

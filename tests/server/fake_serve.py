@@ -1,0 +1,56 @@
+"""`octavo serve` with a FakeEngineClient in the engine's place, for tests of the process: `python -m tests.server.fake_serve`.
+
+OCTAVO_ settings and flags are those of `octavo serve`. The model named "broken" fails to load, "mortal" dies after it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+
+from engine.errors import EngineUnavailable, ModelLoadError
+from engine.messages import EngineReady, LoadProgress
+from engine.supervisor import Supervisor
+from server import cli
+from tests.server.fake_client import FakeEngineClient, FakeStream
+
+
+class ServedFake(FakeEngineClient):
+    """Adds what the command needs of a client. Its streams go on until `stop`."""
+
+    def __init__(self, supervisor: Supervisor, *, chat_template: str | None = None) -> None:
+        super().__init__("x" * 40)
+        self.on_progress: Callable[[LoadProgress], None] = lambda progress: None
+        self._model = supervisor._config.model.model
+        self.state = "starting"
+
+    @property
+    def num_open_streams(self) -> int:
+        return len(self.streams)
+
+    async def start(self) -> None:
+        self.on_progress(LoadProgress("weights", "tiny", 0.5))
+
+    async def wait_until_ready(self) -> EngineReady:
+        if self._model == "broken":
+            raise ModelLoadError("the weights are gone: fetch them again")
+        self.state = "ready"
+        if self._model == "mortal":
+            self.state, self.failure = "failed", EngineUnavailable("the engine process died")
+        assert self.ready is not None
+        return self.ready
+
+    async def stop(self) -> None:
+        self.fail_after, self.stream_error = 1, EngineUnavailable("the server is shutting down")
+        self.gate.set()
+
+    async def generate(self, *args: object, **options: object) -> FakeStream:
+        stream = await super().generate(*args, **options)  # type: ignore[arg-type]
+        asyncio.get_running_loop().call_later(0.05, self.gate.clear if self._model == "slow" else self.gate.set)
+        return stream
+
+
+if __name__ == "__main__":
+    cli.EngineClient = ServedFake  # type: ignore[misc, assignment]
+    sys.exit(cli.run(["serve", *sys.argv[1:]]))

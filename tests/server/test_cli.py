@@ -1,0 +1,122 @@
+"""The `octavo` command as a process: ready line, orderly ends, and failures in one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.cli import listen, run
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@contextmanager
+def served(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """(process, base URL, stderr lines up to the ready line)."""
+    command = [sys.executable, "-m", "tests.server.fake_serve", "--port", "0", "--device", "cpu", *flags]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("OCTAVO_")}
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        assert process.stderr is not None
+        lines: list[str] = []
+        try:
+            for line in process.stderr:
+                lines.append(line)
+                if found := re.search(r"at (http://127\.0\.0\.1:\d+)", line):
+                    yield process, found[1], lines
+                    break
+            else:
+                yield process, "", lines
+        finally:
+            process.kill()
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, rest = process.communicate(timeout=60)
+    return process.returncode, rest
+
+
+def test_ready_line_and_an_orderly_end() -> None:
+    with served() as (process, url, lines):
+        assert any("weights: tiny 50%" in line for line in lines)
+        assert "curl " in lines[-1] and "this machine only" in lines[-1]
+        with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 40}) as response:
+            assert response.status_code == 200
+            process.send_signal(signal.SIGTERM)
+            text = "".join(response.iter_text())
+        assert text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in text and "error" not in text
+        code, rest = end_of(process)
+    assert code == 0 and "Traceback" not in rest
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_streams_still_open_at_the_end_of_the_drain_get_an_error(again: bool) -> None:
+    with served("slow", "--shutdown-timeout-s", "3600" if again else "0.1") as (process, url, _):
+        with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 40}) as response:
+            process.send_signal(signal.SIGINT)
+            if again:
+                process.send_signal(signal.SIGTERM)
+            text = "".join(response.iter_text())
+        assert text.endswith("data: [DONE]\n\n")
+        code, rest = end_of(process)
+    assert code == 0 and "Traceback" not in rest
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"), [("broken", "the weights are gone: fetch them again"), ("mortal", "process died")]
+)
+def test_a_failed_engine_ends_with_one_sentence(model: str, sentence: str) -> None:
+    with served(model) as (process, _, lines):
+        code, rest = end_of(process)
+    assert code == 1
+    (last,) = [line for line in [*lines, *rest.splitlines()] if line.startswith("octavo: ")]
+    assert sentence in last and "Traceback" not in rest
+
+
+def test_a_taken_port_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        assert run(["serve", "--port", str(port)]) == 1
+    text = capsys.readouterr().err
+    assert f"port {port} on 127.0.0.1 is taken" in text and f"--port {port + 1}" in text and text.count("\n") == 1
+
+
+def test_listening_where_there_is_nothing_to_listen_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", "--host", "host.invalid"]) == 1
+    assert "host.invalid" in capsys.readouterr().err
+    assert run(["serve", "--host", "192.0.2.1"]) == 1
+    assert "192.0.2.1" in capsys.readouterr().err
+
+
+def test_wrong_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert run(["bake"]) == 2
+    assert run(["serve", "--prot", "1"]) == 2
+    assert "did you mean --port?" in capsys.readouterr().err
+    assert run(["serve", "--chat-template", "/no/such.jinja"]) == 2
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert re.fullmatch(r"octavo \d+\.\d+\.\d+\n", capsys.readouterr().out)
+    assert run(["--help"]) == 0
+    assert "octavo serve" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_ipv6() -> None:
+    try:
+        sock = listen("::1", 0)
+    except Exception:
+        pytest.skip("no IPv6 loopback here")
+    with sock:
+        assert sock.family == socket.AF_INET6
