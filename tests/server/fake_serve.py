@@ -22,6 +22,7 @@ class ServedFake(FakeEngineClient):
     def __init__(self, supervisor: Supervisor, *, chat_template: str | None = None) -> None:
         super().__init__("x" * 40)
         self.on_progress: Callable[[LoadProgress], None] = lambda progress: None
+        self._supervisor = supervisor
         self._model = supervisor._config.model.model
         self.state = "starting"
 
@@ -44,6 +45,7 @@ class ServedFake(FakeEngineClient):
     async def stop(self) -> None:
         self.fail_after, self.stream_error = 1, EngineUnavailable("the server is shutting down")
         self.gate.set()
+        await self._supervisor.stop()  # it made a folder for its socket
 
     async def generate(self, *args: object, **options: object) -> FakeStream:
         stream = await super().generate(*args, **options)  # type: ignore[arg-type]
