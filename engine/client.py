@@ -46,7 +46,8 @@ State = Literal["starting", "ready", "failed", "stopping"]
 class ChoiceDelta(msgspec.Struct):
     """One event of one choice. text: what is new and safe to send; token_ids and logprobs: the new tokens.
 
-    finish_reason: "stop" | "length", on the last event. stop_reason: the stop string or stop token id that ended it.
+    finish_reason: "stop" | "length", on the last event. stop_reason: the stop string, or the caller's stop token
+    id, that ended it; None for the model's own end.
     prompt_logprobs: with the first event of the choice, when asked for. queue_s, prefill_s: with the first event.
     """
 
@@ -79,10 +80,18 @@ class RequestStream:
     Raises RequestFailed or EngineUnavailable where the engine gave up. Leaving the `async with` aborts what is unfinished.
     """
 
-    def __init__(self, request_id: str, num_prompt_tokens: int, choices: list[_Choice], abort: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        choices: list[_Choice],
+        eos_token_ids: frozenset[int],
+        abort: Callable[[str], None],
+    ) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self._choices = choices
+        self._eos_token_ids = eos_token_ids
         self._abort = abort
         self._deltas: list[ChoiceDelta] = []
         self._error: OctavoError | None = None
@@ -113,7 +122,7 @@ class RequestStream:
             token_ids=token_ids,
             logprobs=output.logprobs[skip:] if output.logprobs is not None else None,
             finish_reason=output.finish_reason,
-            stop_reason=output.stop_token_id,
+            stop_reason=None if output.stop_token_id in self._eos_token_ids else output.stop_token_id,
             prompt_logprobs=output.prompt_logprobs,
             num_cached_tokens=output.num_cached_tokens,
             queue_s=output.queue_s,
@@ -184,6 +193,7 @@ class EngineClient:
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
         self._tokenizer: Tokenizer | None = None
+        self._eos_token_ids: frozenset[int] = frozenset()
         self.on_progress: Callable[[LoadProgress], None] = lambda progress: None
 
     @property
@@ -252,7 +262,7 @@ class EngineClient:
             )
             for _ in range(sampling.n)
         ]
-        stream = RequestStream(request_id, len(prompt_token_ids), choices, self._abandon)
+        stream = RequestStream(request_id, len(prompt_token_ids), choices, self._eos_token_ids, self._abandon)
         answer = asyncio.get_running_loop().create_future()
         self._streams[request_id] = stream
         self._answers[request_id] = answer
@@ -338,6 +348,7 @@ class EngineClient:
             self._fail_engine(error)
             return
         self.ready = ready
+        self._eos_token_ids = frozenset(ready.eos_token_ids)
         self.state = "ready"
         self._changed.set()
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from typing import BinaryIO
 
 import msgspec
 import zmq
@@ -139,11 +138,12 @@ class EngineLoop:
             self._socket.send(identity, message)
 
 
-def end_with_parent(stdin: BinaryIO) -> None:
-    """End this process as soon as the parent's end of stdin closes, also in the middle of a load."""
+def end_with_parent(stdin: int) -> None:
+    """End this process as soon as the parent's end of stdin (a descriptor) closes, also in the middle of a load."""
 
     def watch() -> None:
-        while stdin.read(1):
+        # Not through sys.stdin: a thread that holds its lock makes the interpreter abort at exit.
+        while os.read(stdin, 1):
             pass
         os._exit(1)
 
@@ -164,7 +164,7 @@ def run(build_engine: BuildEngine) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     name_process("octavo: engine")
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
-    end_with_parent(sys.stdin.buffer)
+    end_with_parent(sys.stdin.fileno())
     socket = FrontendSocket(launch.address)
     while not socket.frontends:
         socket.receive(IDLE_POLL_MS)

@@ -17,9 +17,10 @@ from engine.messages import Launch
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
 STOP_TIMEOUT_S = 5.0
-# OpenMP reads this once, when torch loads. Threads that spin at every barrier take the cores from the frontend and from each
-# other: on two shared cores a decode step of 8 sequences took 150 to 5,000 ms that way, and 50 ms with threads that sleep.
-OPENMP_DEFAULTS = {"OMP_WAIT_POLICY": "PASSIVE"}
+# OpenMP reads this once, when torch loads. By default its threads spin for milliseconds at every barrier, which takes the cores
+# from the frontend and, on a machine that does anything else, from each other: a decode step of 8 sequences then took 150 to
+# 5,000 ms on two cores instead of 35. Spinning briefly keeps those 35 ms; sleeping at once (PASSIVE) makes it 65.
+OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "5000"}
 
 
 class Supervisor:
