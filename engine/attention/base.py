@@ -33,22 +33,49 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """One step's rows as the device sees them: int32 views of persistent buffers, so that a captured graph can hold them.
+
+    block_tables: by KV group, [S, P], indexed by slot. R rows: row_slots [R]; seq_lens [R], tokens after this step;
+    context_lens [R], tokens before it; query_starts [R + 1], first token of each row among the step's T. T tokens:
+    positions [T]; token_slots [T], the slot of each token's sequence.
+    The first num_decodes rows have one token each; the others are chunks. A padding row (only in a step of decodes alone)
+    has seq_len 0, slot 0 and position -1: its keys and values go nowhere.
+    """
+
+    block_tables: tuple[torch.Tensor, ...]
+    row_slots: torch.Tensor
+    seq_lens: torch.Tensor
+    context_lens: torch.Tensor
+    query_starts: torch.Tensor
+    positions: torch.Tensor
+    token_slots: torch.Tensor
+    num_decodes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RaggedBatch:
     """One step's rows, host side, tokens concatenated in row order without padding.
 
     Row r has query_lens[r] new tokens at positions context_lens[r] ..; block_tables[group][r] are its page ids (the first
     ceil((context_len + query_len) / block_size) are valid; SCRATCH_BLOCK_ID where a page has left the window).
+    device: the same on the device, for backends that take it from there; None where there is no such thing (a CPU).
     """
 
     query_lens: list[int]
     context_lens: list[int]
     block_tables: tuple[list[Sequence[int]], ...]
+    device: DeviceRows | None = None
 
 
 class AttentionBackend(Protocol):
-    """Paged attention of all layers. Construct with (layers, groups, block_size, dtype, device)."""
+    """Paged attention of all layers. Construct with (layers, groups, block_size, dtype, device).
+
+    graphs: whether `forward` may be captured in a CUDA graph for a step of decodes alone, given `batch.device`.
+    """
 
     name: ClassVar[str]
+    graphs: ClassVar[bool]
 
     def allocate(self, num_blocks: Sequence[int]) -> None:
         """Allocate zeroed pages: num_blocks[g] usable ids 1 .. num_blocks[g] for group g, and scratch page 0."""

@@ -50,6 +50,7 @@ class SdpaBackend:
     """Paged attention by `scaled_dot_product_attention`, and by explicit products where a layer has a softcap or sinks."""
 
     name: ClassVar[str] = "sdpa"
+    graphs: ClassVar[bool] = False
 
     def __init__(
         self,
