@@ -101,13 +101,17 @@ class EngineLoop:
 
     def run(self) -> None:
         while not self._stopping:
-            was_busy = self._core.has_work
-            for message in self._socket.receive(0 if was_busy else IDLE_POLL_MS):
-                self._handle(message)
-            outputs = self._core.step() if self._core.has_work else []
-            now = time.monotonic()
-            if outputs or was_busy != self._core.has_work or now - self._stats_sent_s >= STATS_INTERVAL_S:
-                self._send(outputs, with_stats=now - self._stats_sent_s >= STATS_INTERVAL_S or not self._core.has_work)
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what has arrived, make a step if there is work, and send what became known."""
+        was_busy = self._core.has_work
+        for message in self._socket.receive(0 if was_busy else IDLE_POLL_MS):
+            self._handle(message)
+        outputs = self._core.step() if self._core.has_work else []
+        now = time.monotonic()
+        if outputs or was_busy != self._core.has_work or now - self._stats_sent_s >= STATS_INTERVAL_S:
+            self._send(outputs, with_stats=now - self._stats_sent_s >= STATS_INTERVAL_S or not self._core.has_work)
 
     def _handle(self, message: FrontendMessage) -> None:
         match message:
