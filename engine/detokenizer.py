@@ -48,6 +48,7 @@ class TokenBytes(dict[int, bytes]):
         self._byte_level = byte_level
         self._byte_fallback = byte_fallback
         self._metaspace = metaspace
+        self._texts: dict[frozenset[int], TokenTexts] = {}
         self.strips_first_space = strips
 
     @classmethod
@@ -84,6 +85,12 @@ class TokenBytes(dict[int, bytes]):
         self[token_id] = data
         return data
 
+    def texts(self, skipped: frozenset[int]) -> TokenTexts:
+        """Every token's own text, where `skipped` leave none. The same object for the same set."""
+        if skipped not in self._texts:
+            self._texts[skipped] = TokenTexts(self, skipped)
+        return self._texts[skipped]
+
     def _decode(self, token: str) -> bytes:
         if self._byte_level:
             # An added token may hold characters outside the alphabet; it then stands for itself as a whole.
@@ -92,6 +99,26 @@ class TokenBytes(dict[int, bytes]):
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
         return (token.replace(_METASPACE, " ") if self._metaspace else token).encode()
+
+
+class TokenTexts(dict[int, str | None]):
+    """Token id -> the text it adds where no character is unfinished; None for a token that is not whole characters by itself.
+
+    Filled on demand and shared by all requests: most tokens are whole characters, and a look-up is cheaper than a decoder.
+    """
+
+    def __init__(self, token_bytes: TokenBytes, skipped: frozenset[int]) -> None:
+        super().__init__()
+        self._token_bytes = token_bytes
+        self._skipped = skipped
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text: str | None = "" if token_id in self._skipped else self._token_bytes[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text
 
 
 class TextSource(Protocol):
@@ -110,6 +137,7 @@ class ByteTextSource:
     def __init__(self, token_bytes: TokenBytes, prompt_token_ids: Sequence[int], skipped: frozenset[int]) -> None:
         self._token_bytes = token_bytes
         self._skipped = skipped
+        self._texts = token_bytes.texts(skipped)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token_id in prompt_token_ids[-PROMPT_TAIL_TOKENS:]:
             if token_id not in skipped:
@@ -117,15 +145,29 @@ class ByteTextSource:
         self._strip_next = token_bytes.strips_first_space and not any(
             token_id not in skipped and token_bytes[token_id] for token_id in prompt_token_ids
         )
+        self._between_characters = not self._strip_next and self._is_between_characters()
 
     def push(self, token_id: int) -> str:
+        if self._between_characters:
+            text = self._texts[token_id]
+            if text is not None:
+                return text
+        return self._push_bytes(token_id)
+
+    def _push_bytes(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
         data = self._token_bytes[token_id]
         if self._strip_next and data:
             self._strip_next = False
             data = data.removeprefix(b" ")
-        return self._decoder.decode(data)
+        text = self._decoder.decode(data)
+        self._between_characters = not self._strip_next and self._is_between_characters()
+        return text
+
+    def _is_between_characters(self) -> bool:
+        unfinished, _ = self._decoder.getstate()
+        return not unfinished
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -169,6 +211,8 @@ class Detokenizer:
     Text that could be the beginning of a stop string is held back until it is known not to be. Of several stop strings the
     one that ends first wins, then the one that starts first. Stop strings are looked for in the text of the tokens after
     the first `min_tokens` only. Raises InvalidRequest for stop strings that are empty or not valid Unicode.
+
+    is_plain: there are no stop strings; then `push` is `append` for one token, without a TextDelta.
     """
 
     def __init__(self, source: TextSource, *, stop: Sequence[str], include_stop_str_in_output: bool, min_tokens: int) -> None:
@@ -176,6 +220,8 @@ class Detokenizer:
             if not string:
                 raise InvalidRequest("stop must not hold an empty string", param="stop")
             check_unicode(string, "stop")
+        self.push = source.push
+        self.is_plain = not stop
         self._source = source
         self._stop = tuple(stop)
         self._include_stop = include_stop_str_in_output
@@ -188,7 +234,7 @@ class Detokenizer:
 
     def append(self, token_ids: Sequence[int]) -> TextDelta:
         """Tokens after the one that completes a stop string are ignored, in this call and in later ones."""
-        push = self._source.push
+        push = self.push
         if not self._stop:
             return TextDelta("".join([push(token_id) for token_id in token_ids]), len(token_ids), None)
         if self._stopped is not None:
