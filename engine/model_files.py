@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 from engine.config import ModelConfig
 from engine.errors import ModelLoadError, OctavoError
+from engine.stand_in_tokenizer import write_stand_in_tokenizer
 
 Report = Callable[[str, str, float | None], None]
 """report(phase, detail, fraction of the phase or None): one line of progress."""
@@ -229,9 +231,9 @@ def _with_tokenizer(folder: Path, root: Path, is_dummy: bool, report: Report) ->
     if (folder / "tokenizer.json").is_file():
         return folder
     sources = [folder / name for name in _TOKENIZER_SOURCES if (folder / name).is_file()]
+    if not sources and is_dummy:
+        return _with_stand_in_tokenizer(folder, root, report)
     if not sources:
-        if is_dummy:
-            return folder
         raise ModelLoadError(
             f"{folder} has no tokenizer.json, nor files to make it from: copy the original model's tokenizer there"
         )
@@ -240,10 +242,32 @@ def _with_tokenizer(folder: Path, root: Path, is_dummy: bool, report: Report) ->
         report("convert", f"tokenizer of {folder}", None)
         with _new_folder(target) as temporary:
             _convert_tokenizer(folder, temporary)
-            for source in folder.resolve().iterdir():
-                if not (temporary / source.name).exists():
-                    (temporary / source.name).symlink_to(source)
+            _link_files(folder, temporary)
     return target
+
+
+def _with_stand_in_tokenizer(folder: Path, root: Path, report: Report) -> Path:
+    """For random weights of a model that has no tokenizer at all: a cached folder that links to its files and adds one."""
+    path = folder / "config.json"
+    target = root / f"{folder.resolve().name}-stand-in-{_key(path)}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        vocab_size = int((fields.get("text_config") or fields)["vocab_size"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"{path} states no vocab_size to make a stand-in tokenizer for: add it, or a tokenizer") from error
+    report("convert", f"a stand-in tokenizer of {vocab_size} ids for {folder}", None)
+    with _new_folder(target) as temporary:
+        write_stand_in_tokenizer(temporary, vocab_size)
+        _link_files(folder, temporary)
+    return target
+
+
+def _link_files(folder: Path, target: Path) -> None:
+    for source in folder.resolve().iterdir():
+        if not (target / source.name).exists():
+            (target / source.name).symlink_to(source)
 
 
 def _convert_tokenizer(folder: Path, target: Path) -> None:

@@ -92,7 +92,10 @@ def test_what_lacks_files_says_which(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").symlink_to(llama / "config.json")
     with pytest.raises(ModelLoadError, match=r"no \*\.safetensors"):
         resolve()
-    assert resolve(load_format="dummy") == tmp_path
+    stand_in = resolve(load_format="dummy")
+    assert (stand_in / "config.json").resolve() == (llama / "config.json").resolve()
+    assert Tokenizer.load(stand_in).vocab_size == tiny_models.VOCAB_SIZE
+    assert resolve(load_format="dummy") == stand_in
     (tmp_path / "model.safetensors").symlink_to(llama / "model.safetensors")
     with pytest.raises(ModelLoadError, match=r"no tokenizer\.json"):
         resolve()
@@ -338,6 +341,26 @@ def test_dummy_weights_are_the_same_on_every_start(llama: Path) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", [*tiny_models.ARCHITECTURES, *tiny_models.ROPE_BY_LENGTH])
+def test_dummy_weights_follow_the_model_s_own_rule(name: str, tmp_path: Path) -> None:
+    """Built without memory first, they miss nothing: buffers that no checkpoint holds, norms, tied weights."""
+    folder = changed_copy(tiny_models.build(name, tmp_path / "a"), tmp_path / "b", "config.json", tie_word_embeddings=True)
+    dummy = load_model(folder, ModelConfig(model=str(folder), load_format="dummy"), CPU, torch.float32).model
+    config = read_config(folder)
+    usual = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fix_rotary(usual, max_context(config))
+    expected = dict(usual.named_buffers())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in dummy.named_buffers())
+    for parameter_name, parameter in usual.named_parameters():
+        made = dummy.get_parameter(parameter_name)
+        assert made.isfinite().all() and made.dtype == torch.float32
+        if parameter.std() == 0:
+            assert torch.equal(made, parameter)
+        elif parameter.numel() > 1000:  # enough to tell a deviation by
+            assert made.std() == pytest.approx(parameter.std().item(), rel=0.2)
+    assert dummy.get_parameter("model.embed_tokens.weight") is dummy.get_output_embeddings().weight
 
 
 def test_dtypes() -> None:
