@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from engine.step import SCRATCH_BLOCK_ID
 
-ROOT_HASH = b"octavo prefix cache 1"
+ROOT_HASH = b"octavo prefix cache 2"
 
 
 def root_hash(cache_salt: str) -> bytes:
@@ -23,7 +23,7 @@ def root_hash(cache_salt: str) -> bytes:
 
 def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """256-bit hash of a full block: its tokens and, through the parent, all tokens before them."""
-    return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=32).digest()
+    return hashlib.blake2b(parent + array("i", token_ids).tobytes(), digest_size=32).digest()
 
 
 class Block:

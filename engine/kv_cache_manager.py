@@ -6,6 +6,7 @@ window, and a prefix hit needs only the pages of its last window there.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,16 @@ class PrefixHit:
 
     num_tokens: int
     block_ids: tuple[list[int], ...]
+
+
+@dataclass(slots=True)
+class _Holding:
+    """What a running request holds: its block tables by group, how many of its blocks are hashed, and by group how many have
+    left the window."""
+
+    tables: tuple[list[int], ...]
+    num_hashed: int
+    num_dropped: list[int]
 
 
 class KVCacheManager:
@@ -41,11 +52,10 @@ class KVCacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self._max_step_tokens = max_step_tokens
         self._pools = [BlockPool(count) for count in num_blocks]
-        self._tables: dict[int, tuple[list[int], ...]] = {}
+        self._has_windows = any(group.window is not None for group in groups)
+        self._holdings: dict[int, _Holding] = {}  # by the request's uid
         # Blocks that a running request is about to compute, by hash: others wait for them instead of computing them again.
         self._announced: dict[bytes, int] = {}
-        self._num_hashed: dict[int, int] = {}
-        self._num_dropped: dict[int, list[int]] = {}
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
@@ -159,24 +169,31 @@ class KVCacheManager:
         """Give the request a table that shares the hit's pages, and announce the blocks it is going to compute."""
         for pool, ids in zip(self._pools, hit.block_ids, strict=True):
             pool.share(block_id for block_id in ids if block_id != SCRATCH_BLOCK_ID)
-        self._tables[request.uid] = tuple(list(ids) for ids in hit.block_ids)
         num_hit_blocks = hit.num_tokens // self.block_size
-        self._num_hashed[request.uid] = num_hit_blocks
-        self._num_dropped[request.uid] = [self._first_needed_block(g, hit.num_tokens) for g in range(len(self.groups))]
+        self._holdings[request.uid] = _Holding(
+            tables=tuple(list(ids) for ids in hit.block_ids),
+            num_hashed=num_hit_blocks,
+            num_dropped=[self._first_needed_block(g, hit.num_tokens) for g in range(len(self.groups))],
+        )
+        request.page_capacity = hit.num_tokens
         if self.enable_prefix_caching:
             for content_hash in self._hashes(request)[num_hit_blocks:]:
                 self._announced.setdefault(content_hash, request.uid)
+        self._set_next_mark(request, self._holdings[request.uid])
 
     def allocate(self, request: Request, num_tokens: int) -> tuple[list[int], ...] | None:
-        """Extend the table to cover num_tokens positions; returns the new ids by group, or None (nothing changed) where
-        pages are short."""
-        tables = self._tables[request.uid]
-        counts = [max(0, -(-num_tokens // self.block_size) - len(table)) for table in tables]
-        if any(count > pool.num_free for count, pool in zip(counts, self._pools, strict=True)):
+        """Extend the table to cover num_tokens positions; returns the new ids by group, empty where it covers them already, or
+        None (nothing changed) where pages are short."""
+        tables = self._holdings[request.uid].tables
+        count = -(-num_tokens // self.block_size) - len(tables[0])  # the tables of all groups are equally long
+        if count <= 0:
+            return ()
+        if any(count > pool.num_free for pool in self._pools):
             return None
-        new_ids = tuple(pool.allocate(count) for pool, count in zip(self._pools, counts, strict=True))
+        new_ids = tuple([pool.allocate(count) for pool in self._pools])
         for table, ids in zip(tables, new_ids, strict=True):
             table.extend(ids)
+        request.page_capacity = len(tables[0]) * self.block_size
         return new_ids
 
     def fork(self, parent: Request, child: Request) -> list[tuple[int, int, int]] | None:
@@ -187,7 +204,8 @@ class KVCacheManager:
             return None
         copies = []
         child_tables = []
-        for g, (pool, table) in enumerate(zip(self._pools, self._tables[parent.uid], strict=True)):
+        held = self._holdings[parent.uid]
+        for g, (pool, table) in enumerate(zip(self._pools, held.tables, strict=True)):
             shared = table[:num_full]
             pool.share(block_id for block_id in shared if block_id != SCRATCH_BLOCK_ID)
             if partial:
@@ -195,48 +213,66 @@ class KVCacheManager:
                 copies.append((g, table[num_full], target[0]))
                 shared = shared + target
             child_tables.append(shared)
-        self._tables[child.uid] = tuple(child_tables)
         child.block_hashes = parent.block_hashes[:num_full]
+        child.page_capacity = len(child_tables[0]) * self.block_size
         # The parent hashes the shared blocks; the child begins after them.
-        self._num_hashed[child.uid] = num_full
-        self._num_dropped[child.uid] = list(self._num_dropped[parent.uid])
+        self._holdings[child.uid] = _Holding(tuple(child_tables), num_full, list(held.num_dropped))
+        self._set_next_mark(child, self._holdings[child.uid])
         return copies
 
     def table(self, request: Request) -> tuple[list[int], ...]:
         """A copy of the request's block table, by group."""
-        return tuple(list(ids) for ids in self._tables[request.uid])
+        return tuple(list(ids) for ids in self._holdings[request.uid].tables)
 
     def mark_computed(self, request: Request, num_computed_tokens: int) -> None:
         """These positions are in pages now and their tokens known: full blocks become hits for others, and pages that have
-        left a sliding window are given back."""
-        tables = self._tables[request.uid]
-        num_full = num_computed_tokens // self.block_size
+        left a sliding window are given back. Does nothing while fewer than request.next_mark tokens are computed."""
+        if num_computed_tokens < request.next_mark:
+            return
+        held = self._holdings[request.uid]
         if self.enable_prefix_caching:
-            hashes = self._hashes(request)
-            for i in range(self._num_hashed[request.uid], num_full):
-                for pool, table in zip(self._pools, tables, strict=True):
-                    if table[i] != SCRATCH_BLOCK_ID:
-                        pool.set_hash(table[i], hashes[i])
-                self._withdraw(hashes[i], request)
-            self._num_hashed[request.uid] = max(num_full, self._num_hashed[request.uid])
-        dropped = self._num_dropped[request.uid]
-        for g, table in enumerate(tables):
+            self._publish(request, held, num_computed_tokens // self.block_size)
+        if self._has_windows:
+            self._leave_windows(held, num_computed_tokens)
+        self._set_next_mark(request, held)
+
+    def _publish(self, request: Request, held: _Holding, num_full: int) -> None:
+        """The request's first num_full blocks become hits for others."""
+        hashes = self._hashes(request)
+        for i in range(held.num_hashed, num_full):
+            for pool, table in zip(self._pools, held.tables, strict=True):
+                if table[i] != SCRATCH_BLOCK_ID:
+                    pool.set_hash(table[i], hashes[i])
+            self._withdraw(hashes[i], request)
+        held.num_hashed = max(num_full, held.num_hashed)
+
+    def _leave_windows(self, held: _Holding, num_computed_tokens: int) -> None:
+        """Give back what no query from position num_computed_tokens on sees."""
+        for g, (table, dropped) in enumerate(zip(held.tables, held.num_dropped, strict=True)):
             first = min(self._first_needed_block(g, num_computed_tokens), len(table))
-            if first > dropped[g]:
-                self._pools[g].free(table[dropped[g] : first])
-                table[dropped[g] : first] = [SCRATCH_BLOCK_ID] * (first - dropped[g])
-                dropped[g] = first
+            if first > dropped:
+                self._pools[g].free(table[dropped:first])
+                table[dropped:first] = [SCRATCH_BLOCK_ID] * (first - dropped)
+                held.num_dropped[g] = first
+
+    def _set_next_mark(self, request: Request, held: _Holding) -> None:
+        """Find where the next block is full, or the next page leaves a window."""
+        mark = (held.num_hashed + 1) * self.block_size if self.enable_prefix_caching else sys.maxsize
+        if self._has_windows:
+            for spec, dropped in zip(self.groups, held.num_dropped, strict=True):
+                if spec.window is not None:
+                    mark = min(mark, (dropped + 1) * self.block_size + spec.window - 1)
+        request.next_mark = mark
 
     def free(self, request: Request) -> None:
         """Give back everything the request holds; a request without a table is left alone."""
-        tables = self._tables.pop(request.uid, None)
-        if tables is None:
+        held = self._holdings.pop(request.uid, None)
+        if held is None:
             return
-        for pool, table in zip(self._pools, tables, strict=True):
+        for pool, table in zip(self._pools, held.tables, strict=True):
             pool.free(table)
-        for content_hash in request.block_hashes[self._num_hashed.pop(request.uid) :]:
+        for content_hash in request.block_hashes[held.num_hashed :]:
             self._withdraw(content_hash, request)
-        del self._num_dropped[request.uid]
 
     def _withdraw(self, content_hash: bytes, request: Request) -> None:
         if self._announced.get(content_hash) == request.uid:
@@ -251,7 +287,7 @@ class KVCacheManager:
         """Raise AssertionError unless every pool agrees with the tables."""
         for g, pool in enumerate(self._pools):
             references: Counter[int] = Counter()
-            for tables in self._tables.values():
-                references.update(block_id for block_id in tables[g] if block_id != SCRATCH_BLOCK_ID)
+            for held in self._holdings.values():
+                references.update(block_id for block_id in held.tables[g] if block_id != SCRATCH_BLOCK_ID)
             pool.check_integrity(dict(references))
-        assert set(self._announced.values()) <= set(self._tables), "a block is announced by a request that holds no pages"
+        assert set(self._announced.values()) <= set(self._holdings), "a block is announced by a request that holds no pages"

@@ -128,13 +128,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """New tokens of one choice.
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """New tokens of one choice. As an array it is sent without the names of its fields.
 
     first_token_index: index of token_ids[0] among the choice's output, so that a repeated token is recognised.
     finish_reason: "stop" | "length" | "error" | None; stop_token_id: the token that ended it, included in token_ids.
-    num_cached_tokens: prompt tokens that the prefix cache served. prompt_logprobs: one entry a prompt token, the first None;
-    sent once, with the choice's first output. queue_s, prefill_s: set with the first output.
+    Set with the choice's first output only: num_cached_tokens, prompt tokens that the prefix cache served; prompt_logprobs, one
+    entry a prompt token, the first None; queue_s and prefill_s.
     """
 
     request_id: str

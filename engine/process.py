@@ -134,12 +134,18 @@ class EngineLoop:
         stats = self._core.stats() if with_stats else None
         if with_stats:
             self._stats_sent_s = time.monotonic()
+        by_frontend = self._by_frontend(outputs)
+        for identity in self._socket.frontends if with_stats else by_frontend:
+            message = StepOutputs(epoch=self._epoch, outputs=by_frontend.get(identity, []), stats=stats)
+            self._socket.send(identity, message)
+
+    def _by_frontend(self, outputs: list[RequestOutput]) -> dict[bytes, list[RequestOutput]]:
+        if len(self._socket.frontends) == 1:  # the usual case, without a look at every request id
+            return dict.fromkeys(self._socket.frontends, outputs)
         by_frontend: dict[bytes, list[RequestOutput]] = defaultdict(list)
         for output in outputs:
             by_frontend[frontend_of(output.request_id)].append(output)
-        for identity in self._socket.frontends if with_stats else by_frontend:
-            message = StepOutputs(epoch=self._epoch, outputs=by_frontend[identity], stats=stats)
-            self._socket.send(identity, message)
+        return by_frontend
 
 
 def end_with_parent(stdin: int) -> None:

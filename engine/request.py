@@ -35,9 +35,11 @@ class Request:
     """One choice. `token_ids` holds prompt and output; `num_computed_tokens` (positions whose keys and values are in pages or
     scheduled to be) catches up with it, and that is all there is to prefill and decode.
 
-    stop_token_ids: those that end it (the model's and the user's). num_inflight_steps / num_inflight_tokens: scheduled, result
-    not yet known. pending_forks: siblings that wait for this one's prompt. block_hashes: chained hashes of the full blocks, as
-    far as known.
+    stop_token_ids: those that end it (the model's and the user's). num_inflight_steps: scheduled, result not yet known.
+    num_tokens_ahead: known tokens and those that steps in flight will bring. pending_forks: siblings that wait for this one's
+    prompt. block_hashes: chained hashes of the full blocks, as far as known.
+    Kept by KVCacheManager: page_capacity, positions that its block table covers; next_mark, the number of computed tokens
+    from which on `mark_computed` has something to do.
     """
 
     request_id: str
@@ -54,15 +56,24 @@ class Request:
     slot: int = -1
     num_computed_tokens: int = 0
     num_inflight_steps: int = 0
-    num_inflight_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    page_capacity: int = 0
+    next_mark: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     pending_forks: list[Request] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     arrival_time_s: float = 0.0
     first_scheduled_time_s: float | None = None
-    first_token_time_s: float | None = None
+    num_tokens_ahead: int = field(init=False)
+    max_total_tokens: int = field(init=False)
+    num_tokens_to_compute: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens_ahead = len(self.token_ids)
+        # Tokens after which it ends, stop token or not. The last of them is never an input.
+        self.max_total_tokens = self.num_prompt_tokens + self.sampling.max_tokens
+        self.num_tokens_to_compute = max(self.num_prompt_tokens, self.max_total_tokens - 1)
 
     @property
     def num_tokens(self) -> int:
@@ -72,18 +83,3 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
-    def num_tokens_ahead(self) -> int:
-        """Known tokens and those that steps in flight will bring."""
-        return len(self.token_ids) + self.num_inflight_tokens
-
-    @property
-    def max_total_tokens(self) -> int:
-        """Tokens after which it ends, stop token or not."""
-        return self.num_prompt_tokens + self.sampling.max_tokens
-
-    @property
-    def has_all_tokens_scheduled(self) -> bool:
-        """True when steps in flight already bring its last allowed token."""
-        return self.num_tokens_ahead >= self.max_total_tokens and self.num_computed_tokens >= self.num_prompt_tokens

@@ -21,22 +21,32 @@ from engine.messages import EngineStats, RequestOutput, TokenLogprobs
 from engine.request import FinishReason, Request, RequestStatus
 from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
 
+TILE_ROWS = 128
+"""Tokens that a tile of a large matrix product covers, on all cards of interest."""
+
+# Found once: looking a member up in its class for every token of every step is a large part of what a step costs.
+_RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
+
 
 class _InFlightStep:
-    """A planned step and the requests of its rows and forks, in the order of the runner's output."""
+    """A planned step and the requests of its rows. sampled, then forked, are in the order of the runner's tokens; chunk_rows:
+    the rows that sample nothing."""
 
-    __slots__ = ("forked", "rows", "step")
+    __slots__ = ("chunk_rows", "forked", "rows", "sampled", "step")
 
     def __init__(self, step: SchedulerOutput) -> None:
         self.step = step
         self.rows: list[Request] = []
+        self.chunk_rows: list[int] = []
+        self.sampled: list[Request] = []
         self.forked: list[Request] = []
 
 
 class Scheduler:
     """Owns the queue, the running list and every token list. Not thread-safe: one engine loop calls it.
 
-    max_model_len: served context, a bound on each request's tokens. max_num_seqs slots, max_num_batched_tokens a step.
+    max_model_len: served context, a bound on each request's tokens. max_num_seqs slots, max_num_batched_tokens a step,
+    max_num_mixed_tokens (None: as many) a step that holds many decodes; see `_prefill_budget`.
     """
 
     def __init__(
@@ -46,11 +56,17 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_num_mixed_tokens: int | None = None,
     ) -> None:
-        assert max_num_seqs <= max_num_batched_tokens, "every running sequence must be able to get its token in one step"
+        if max_num_mixed_tokens is None:
+            max_num_mixed_tokens = max_num_batched_tokens
+        assert max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens, (
+            "every running sequence gets its token in one step"
+        )
         self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_mixed_tokens = max_num_mixed_tokens
         self.max_model_len = max_model_len
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in order of admission: the last one is preempted first
@@ -105,18 +121,15 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when nothing can be computed now (idle, or waiting for steps in flight)."""
-        step = SchedulerOutput(step_id=self._num_steps)
-        flight = _InFlightStep(step)
-        budget = self.max_num_batched_tokens
+        flight = _InFlightStep(SchedulerOutput(step_id=self._num_steps))
         num_preemptions = self._counts["preemptions"]
-        for request in self._running_decodes_first():
-            if request.status is not RequestStatus.RUNNING:
-                continue  # preempted for a row before it
-            num_new = min(budget, request.num_tokens_ahead - request.num_computed_tokens)
-            if num_new > 0 and not request.has_all_tokens_scheduled and self._extend(flight, request, num_new):
-                budget -= num_new
+        prefills = self._plan_decodes(flight)
+        budget = self._prefill_budget(num_decodes=len(flight.rows))
+        for request in prefills:
+            budget -= self._plan_chunk(flight, request, budget)
         if self._counts["preemptions"] == num_preemptions:
             self._admit_waiting(flight, budget)
+        step = flight.step
         if not step.slots:
             return None
         step.freed_slots, self._freed_slots = self._freed_slots, []
@@ -124,28 +137,84 @@ class Scheduler:
         self._in_flight.append(flight)
         return step
 
-    def _running_decodes_first(self) -> list[Request]:
-        decodes = [r for r in self._running if r.num_tokens_ahead - r.num_computed_tokens == 1]
-        prefills = [r for r in self._running if r.num_tokens_ahead - r.num_computed_tokens > 1]
-        return decodes + prefills
+    def _plan_decodes(self, flight: _InFlightStep) -> list[Request]:
+        """A row for each running request whose only missing token is its last output; returns those that lack more.
 
-    def _extend(self, flight: _InFlightStep, request: Request, num_new: int) -> bool:
-        """Give a running request pages for num_new more tokens and a row in the step, preempting younger ones if need be."""
-        while (new_blocks := self.kv_cache.allocate(request, request.num_computed_tokens + num_new)) is None:
+        This and `_take_token` are all that a request costs in most steps, once a token: no pages, no hashes, no calls.
+        """
+        rows, slots, start_positions = flight.rows, flight.step.slots, flight.step.start_positions
+        prefills = []
+        for request in self._running.copy():
+            position = request.num_computed_tokens
+            if position >= request.num_tokens_to_compute or request.status is not _RUNNING:
+                continue  # steps in flight bring its last token; or it was preempted for a row before it
+            if position < request.num_prompt_tokens or position + 1 < request.num_tokens_ahead:
+                prefills.append(request)
+                continue
+            if position >= request.page_capacity and not self._extend(flight, request, position + 1):
+                continue
+            rows.append(request)
+            slots.append(request.slot)
+            start_positions.append(position)
+            request.num_computed_tokens = position + 1
+            request.num_tokens_ahead += 1
+            request.num_inflight_steps += 1
+        flight.sampled = rows.copy()
+        flight.step.num_tokens = [1] * len(rows)
+        flight.step.sampled_rows = list(range(len(rows)))
+        self._counts["computed_tokens"] += len(rows)
+        return prefills
+
+    def _prefill_budget(self, num_decodes: int) -> int:
+        """Prompt tokens that may join a step of num_decodes decodes.
+
+        They keep every decode of the step waiting, so what they cost is their number times the decodes'. With an eighth of
+        max_num_seqs decoding, or more, a step holds max_num_mixed_tokens; with fewer it may hold inversely more, up to
+        max_num_batched_tokens. With 256, 2,048 and 8,192 of these: 2,048 from 32 decodes on, 4,096 with 16, 8,192 with 8.
+        The step's total is a whole number of tiles, because a matrix product computes whole tiles anyway.
+        """
+        total = self.max_num_batched_tokens
+        if num_decodes:
+            many = max(1, self.max_num_seqs // 8)
+            total = min(total, self.max_num_mixed_tokens * many // min(num_decodes, many))
+        whole_tiles = total // TILE_ROWS * TILE_ROWS
+        return (whole_tiles if whole_tiles > num_decodes else total) - num_decodes
+
+    def _plan_chunk(self, flight: _InFlightStep, request: Request, budget: int) -> int:
+        """A row for a running request that lacks many tokens; returns what of the budget is spent."""
+        if budget == 0 or request.status is not _RUNNING:
+            return 0
+        start = request.num_computed_tokens
+        num_new, spent = self._cut(start, request.num_tokens_ahead - start, budget)
+        if not self._extend(flight, request, start + num_new):
+            return 0
+        self._add_row(flight, request, num_new)
+        return spent
+
+    def _cut(self, start: int, num_tokens: int, budget: int) -> tuple[int, int]:
+        """How many of num_tokens from position `start` on fit a budget, and what of it that spends. A chunk that is cut ends
+        with a page, where it reaches one, and spends all, so that no other prompt is begun with the few tokens left over."""
+        if num_tokens <= budget:
+            return num_tokens, num_tokens
+        page_end = (start + budget) // self.kv_cache.block_size * self.kv_cache.block_size
+        return (page_end - start if page_end > start else budget), budget
+
+    def _extend(self, flight: _InFlightStep, request: Request, num_tokens: int) -> bool:
+        """Give a running request pages for num_tokens in all, preempting younger ones if need be. False: no row for it now."""
+        while (new_blocks := self.kv_cache.allocate(request, num_tokens)) is None:
             victim = self._youngest_not_in(flight)
             if victim is None:
                 return False  # the rows already planned make progress, and this one gets its turn
             self._preempt(victim)
             if victim is request:
                 return False
-        if any(new_blocks):
+        if new_blocks:
             flight.step.new_blocks.append((request.slot, new_blocks))
-        self._add_row(flight, request, num_new)
         return True
 
     def _youngest_not_in(self, flight: _InFlightStep) -> Request | None:
-        planned = {request.uid for request in flight.rows}
-        return next((r for r in reversed(self._running) if r.uid not in planned), None)
+        planned = {*flight.rows, *flight.forked}
+        return next((r for r in reversed(self._running) if r not in planned), None)
 
     def _admit_waiting(self, flight: _InFlightStep, budget: int) -> None:
         """Start waiting requests in order of arrival. One whose prefix is being computed by another waits, and does not
@@ -157,13 +226,13 @@ class Scheduler:
             if hit is None:
                 skipped.append(request)
                 continue
-            num_new = min(budget, request.num_tokens - hit.num_tokens)
             # Each running request may soon want another page; starting one more is no use if that preempts it again.
             if not self.kv_cache.can_admit(request, hit, reserve_blocks=len(self._running)):
                 self._waiting.appendleft(request)
                 break
+            num_new, spent = self._cut(hit.num_tokens, request.num_tokens - hit.num_tokens, budget)
             self._admit(flight, request, hit, num_new)
-            budget -= num_new
+            budget -= spent
         self._waiting.extendleft(reversed(skipped))
 
     def _admit(self, flight: _InFlightStep, request: Request, hit: PrefixHit, num_new: int) -> None:
@@ -214,9 +283,12 @@ class Scheduler:
         flight.rows.append(request)
         if request.num_computed_tokens == request.num_tokens_ahead and request.sampling.max_tokens > 0:
             step.sampled_rows.append(row)
-            request.num_inflight_tokens += 1
+            flight.sampled.append(request)
+            request.num_tokens_ahead += 1
             if request.pending_forks:
                 self._fork(flight, request, row)
+        else:
+            flight.chunk_rows.append(row)
 
     def _fork(self, flight: _InFlightStep, parent: Request, row: int) -> None:
         """The prompt is done: its further choices start from the same logits, as far as slots and pages reach. The rest
@@ -234,7 +306,7 @@ class Scheduler:
             flight.step.forks.append(Fork(row, self._new_row(child), copies))
             flight.forked.append(child)
             child.num_inflight_steps += 1
-            child.num_inflight_tokens += 1
+            child.num_tokens_ahead += 1
 
     def _queue_first(self, requests: list[Request]) -> None:
         for request in reversed(requests):
@@ -264,27 +336,30 @@ class Scheduler:
     def update(self, result: ModelRunnerOutput) -> list[RequestOutput]:
         """Append the oldest step's tokens, end what is finished and return what there is to tell."""
         flight = self._in_flight.popleft()
-        step = flight.step
-        assert result.step_id == step.step_id, "results come in the order of the steps"
-        sampled = dict(zip(step.sampled_rows, zip(result.token_ids, result.logprobs, strict=False), strict=False))
-        outputs: list[RequestOutput] = []
-        for row, request in enumerate(flight.rows):
+        assert result.step_id == flight.step.step_id, "results come in the order of the steps"
+        for row, entries in result.prompt_logprobs.items():
+            if flight.rows[row].status is _RUNNING:
+                flight.rows[row].prompt_logprobs.extend(entries)
+        outputs = self._take_chunks(flight)
+        sampled, num_silent = flight.sampled + flight.forked, len(outputs)
+        for request, token_id, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
             request.num_inflight_steps -= 1
-            if request.status is RequestStatus.RUNNING:
-                request.prompt_logprobs.extend(result.prompt_logprobs.get(row, ()))
-                computed = step.start_positions[row] + step.num_tokens[row]
-                if row not in sampled:
-                    self.kv_cache.mark_computed(request, computed)
-            if row in sampled:
-                self._take_token(request, *sampled[row], outputs)
-            elif _computed_all(request):
-                outputs.append(self._output(request, [], None, FinishReason.LENGTH, None))
-                self._finish(request)
-            self._requeue_if_preempted(request)
-        first_fork = len(step.sampled_rows)
-        for i, request in enumerate(flight.forked, start=first_fork):
+            if request.status is not _FINISHED:  # else it ended or was aborted while this step was in flight
+                outputs.append(self._take_token(request, token_id, logprobs))
+        self._counts["generation_tokens"] += len(outputs) - num_silent
+        return outputs
+
+    def _take_chunks(self, flight: _InFlightStep) -> list[RequestOutput]:
+        """Rows that sample nothing: their pages are known now, and a request that asks for no output may be done."""
+        outputs = []
+        for row in flight.chunk_rows:
+            request = flight.rows[row]
             request.num_inflight_steps -= 1
-            self._take_token(request, result.token_ids[i], result.logprobs[i], outputs)
+            if request.status is _RUNNING:
+                self.kv_cache.mark_computed(request, flight.step.start_positions[row] + flight.step.num_tokens[row])
+                if request.num_computed_tokens == request.max_total_tokens and request.num_inflight_steps == 0:
+                    outputs.append(self._output(request, [], None, FinishReason.LENGTH))
+                    self._finish(request)
             self._requeue_if_preempted(request)
         return outputs
 
@@ -292,46 +367,44 @@ class Scheduler:
         if request.status is RequestStatus.PREEMPTED and request.num_inflight_steps == 0:
             self._queue_first([request])
 
-    def _take_token(
-        self, request: Request, token_id: int, logprobs: TokenLogprobs | None, outputs: list[RequestOutput]
-    ) -> None:
-        request.num_inflight_tokens -= 1
-        if request.status is RequestStatus.FINISHED:
-            return  # it ended or was aborted while this step was in flight
+    def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
+        """Append a token, end the request if it is its last, and return what there is to tell."""
         request.token_ids.append(token_id)
-        self._counts["generation_tokens"] += 1
-        if request.status is RequestStatus.RUNNING:
-            self.kv_cache.mark_computed(request, request.num_tokens - 1)
-        if request.first_token_time_s is None:
-            request.first_token_time_s = time.monotonic()
+        num_tokens = len(request.token_ids)
+        if request.status is not _RUNNING:
+            self._requeue_if_preempted(request)
+        elif num_tokens > request.next_mark:
+            self.kv_cache.mark_computed(request, num_tokens - 1)  # the new token itself is not in a page yet
+        output_index = num_tokens - 1 - request.num_prompt_tokens
+        may_end = num_tokens >= request.max_total_tokens or token_id in request.stop_token_ids
+        if output_index and not may_end and logprobs is None:
+            return RequestOutput(
+                request_id=request.request_id,
+                choice_index=request.choice_index,
+                first_token_index=output_index,
+                token_ids=[token_id],
+            )
         reason = self._finish_reason(request, token_id)
-        stop_token_id = token_id if reason is FinishReason.STOP else None
-        outputs.append(self._output(request, [token_id], logprobs, reason, stop_token_id))
+        output = self._output(request, [token_id], logprobs, reason)
         if reason is not None:
             self._finish(request)
+        return output
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
         if token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
             return FinishReason.STOP
-        if request.num_output_tokens >= request.sampling.max_tokens or request.num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if request.num_tokens >= request.max_total_tokens else None
 
     def _output(
-        self,
-        request: Request,
-        token_ids: list[int],
-        logprobs: TokenLogprobs | None,
-        reason: FinishReason | None,
-        stop_token_id: int | None,
+        self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None, reason: FinishReason | None
     ) -> RequestOutput:
         first_index = request.num_output_tokens - len(token_ids)
+        is_first = first_index == 0
         prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if request.wants_prompt_logprobs and first_index == 0:
+        if request.wants_prompt_logprobs and is_first:
             prompt_logprobs = [None, *request.prompt_logprobs]
             request.wants_prompt_logprobs = False  # told once; if it is preempted from now on, it need not compute them again
-        scheduled_s, first_token_s = request.first_scheduled_time_s, request.first_token_time_s
-        is_first = first_index == 0 and scheduled_s is not None
+        scheduled_s = request.first_scheduled_time_s if is_first else None
         return RequestOutput(
             request_id=request.request_id,
             choice_index=request.choice_index,
@@ -340,10 +413,10 @@ class Scheduler:
             logprobs=None if logprobs is None else [logprobs],
             prompt_logprobs=prompt_logprobs,
             finish_reason=None if reason is None else reason.value,
-            stop_token_id=stop_token_id,
-            num_cached_tokens=request.num_cached_tokens,
-            queue_s=scheduled_s - request.arrival_time_s if is_first and scheduled_s is not None else None,
-            prefill_s=first_token_s - scheduled_s if is_first and scheduled_s and first_token_s else None,
+            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
+            num_cached_tokens=request.num_cached_tokens if is_first else 0,
+            queue_s=None if scheduled_s is None else scheduled_s - request.arrival_time_s,
+            prefill_s=None if scheduled_s is None else time.monotonic() - scheduled_s,
         )
 
     def _finish(self, request: Request) -> None:
@@ -394,13 +467,3 @@ class Scheduler:
         assert all(request.status is RequestStatus.RUNNING for request in self._running)
         assert all(request.status is RequestStatus.WAITING for request in self._waiting)
         assert all(request.num_computed_tokens <= request.num_tokens_ahead for request in self.unfinished())
-
-
-def _computed_all(request: Request) -> bool:
-    """Whether a request that asks for no output has its whole prompt computed."""
-    return (
-        request.status is RequestStatus.RUNNING
-        and request.sampling.max_tokens == 0
-        and request.num_computed_tokens == request.num_tokens
-        and request.num_inflight_steps == 0
-    )

@@ -95,6 +95,7 @@ class TimedScheduler(Scheduler):
 
 class TimedSocket(FrontendSocket):
     watch: Stopwatch
+    num_sent = 0
 
     def receive(self, timeout_ms: int) -> list[FrontendMessage]:
         started = time.perf_counter()
@@ -106,6 +107,7 @@ class TimedSocket(FrontendSocket):
         started = time.perf_counter()
         super().send(identity, message)
         self.watch.add("send", started)
+        self.num_sent += 1
 
 
 class Client:
@@ -121,7 +123,7 @@ class Client:
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._random = random.Random(0)
         self._input_len, self._output_len = input_len, output_len
-        self._num_sent = 0
+        self._num_sent = self._num_read = 0
         self.send(Hello())
 
     def send(self, message: FrontendMessage) -> None:
@@ -133,11 +135,12 @@ class Client:
         sampling = SamplingParams(max_tokens=self._output_len, temperature=0.0, ignore_eos=True)
         self.send(AddRequest(request_id=f"bench:{self._num_sent}", prompt_token_ids=prompt, sampling=sampling))
 
-    def take(self) -> tuple[int, int]:
-        """Read what is there; returns the number of tokens, and of requests that finished."""
+    def take(self, num_messages: int) -> tuple[int, int]:
+        """Read until num_messages have come in all; returns the number of tokens, and of requests that finished."""
         num_tokens = num_finished = 0
-        while self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        while self._num_read < num_messages:
             message = self._decoder.decode(self._socket.recv())
+            self._num_read += 1
             for output in message.outputs if isinstance(message, StepOutputs) else ():
                 num_tokens += len(output.token_ids)
                 num_finished += output.finish_reason is not None
@@ -169,12 +172,12 @@ class Bench:
         self.runner = InstantRunner()
         core = EngineCore(scheduler, self.runner, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset({2}), pipeline_depth=1)
         address = f"ipc://{folder}/{time.monotonic_ns()}"
-        self._socket = TimedSocket(address)
-        scheduler.watch = self._socket.watch = self.watch
-        self._loop = EngineLoop(core, self._socket, epoch=1)
+        self.socket = TimedSocket(address)
+        scheduler.watch = self.socket.watch = self.watch
+        self._loop = EngineLoop(core, self.socket, epoch=1)
         self.client = Client(address, input_len, output_len)
-        while not self._socket.frontends:
-            self._socket.receive(1000)
+        while not self.socket.frontends:
+            self.socket.receive(1000)
 
     def turn(self) -> dict[str, float]:
         """Seconds of one turn of the loop, by part."""
@@ -187,7 +190,7 @@ class Bench:
 
     def close(self) -> None:
         self.client.close()
-        self._socket.close()
+        self.socket.close()
 
 
 def run_decodes(folder: str, concurrency: int, args: argparse.Namespace) -> dict[str, float]:
@@ -207,7 +210,7 @@ def run_decodes(folder: str, concurrency: int, args: argparse.Namespace) -> dict
         step = bench.runner.last_step
         if step is not None and step.num_tokens == [1] * concurrency:
             turns.append(turn)
-        new_tokens, num_finished = bench.client.take()
+        new_tokens, num_finished = bench.client.take(bench.socket.num_sent)
         num_tokens, num_open = num_tokens + new_tokens, num_open - num_finished
     bench.close()
     medians = {part: 1e6 * statistics.median(turn.get(part, 0.0) for turn in turns) for part in (*PARTS, "other", "total")}

@@ -102,13 +102,13 @@ def test_requests_alone_and_together_say_the_same(depth: int):
 
 
 def test_one_step_mixes_decodes_with_a_chunk_and_keeps_the_budget():
-    harness = Harness(max_num_batched_tokens=16)
+    harness = Harness(max_num_batched_tokens=17)
     harness.add("short", prompt_of(5))
     harness.step()
     harness.add("long", prompt_of(60, seed=1))
     harness.step()
     step = harness.runner.steps[-1]
-    assert sorted(step.num_tokens) == [1, 15] and step.total_num_tokens == 16
+    assert step.num_tokens == [1, 16]
     while ("long", 0) not in harness.tokens:
         before = len(harness.tokens["short", 0])
         if ("short", 0) in harness.finished:
@@ -116,7 +116,7 @@ def test_one_step_mixes_decodes_with_a_chunk_and_keeps_the_budget():
         harness.step()
         assert len(harness.tokens["short", 0]) == before + 1, "a chunk stopped another request's token"
     harness.run()
-    assert all(step.total_num_tokens <= 16 for step in harness.runner.steps)
+    assert all(step.total_num_tokens <= 17 for step in harness.runner.steps)
     assert harness.tokens["long", 0] == expect(prompt_of(60, seed=1), 8)
 
 
@@ -191,7 +191,7 @@ def test_salts_share_nothing_and_caching_can_be_off():
         )
         harness.core.add(message)
         harness.run()
-        assert harness.outputs[-1].num_cached_tokens == saved
+        assert next(o.num_cached_tokens for o in harness.outputs if o.request_id == "b") == saved
 
 
 @pytest.mark.parametrize("depth", [0, 1])
