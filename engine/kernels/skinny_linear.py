@@ -1,0 +1,419 @@
+"""Linears of few rows: y = x W^T where reading W is all the work.
+
+A step of few tokens reads every weight once and multiplies it with a handful of rows, so its time is bytes over bandwidth, and
+what is lost is lost at the edges: a kernel of 10 to 80 microseconds spends several of them on launch, first loads and last
+waves. Two kernels here, and the same remedy in both:
+
+- `vector`, up to 4 rows: products on the ordinary units, a program takes a few rows of W whole;
+- `matrix`, up to 64 rows: products on the tensor cores with W as the tall operand, E split over programs where N alone
+  gives too few; the last program to arrive adds the float32 parts in order, so that the sum does not depend on who was last;
+- on Hopper, programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch and Synchronization"): a
+  kernel starts while its predecessor ends and fetches its first weights into the L2, since nothing before it writes weights,
+  and only then waits for its input.
+
+Around the product, each saving a kernel: RMSNorm of the input, bias, gated activation of merged gate and up rows, and the
+addition to the residual stream.
+
+The bits of a row do not depend on the number of rows within one kernel. Names: M rows, E inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from engine.kernels.compiler import tl, triton
+
+MAX_VECTOR_ROWS = 4
+MAX_ROWS = 64
+Activation = Literal["silu", "gelu_tanh"]
+_LANE = 8  # inputs a thread loads at once: 16 bytes of a 16-bit weight
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyPlan:
+    """How one product is cut. block_rows: rows of x a program holds (padded); block_n, block_e: its tile of W; splits: programs
+    along E; prefetch: inputs of each row of W fetched before the predecessor has ended, 0 without that."""
+
+    kind: Literal["vector", "matrix"]
+    block_rows: int
+    block_n: int
+    block_e: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    prefetch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyWorkspace:
+    """Memory that launches on one stream share: float32 parts of split products, and how many have arrived (zero at rest)."""
+
+    parts: torch.Tensor
+    arrived: torch.Tensor
+
+    @classmethod
+    def allocate(cls, device: torch.device | str, parts_bytes: int = 32 << 20, tiles: int = 8192) -> SkinnyWorkspace:
+        return cls(
+            torch.empty(parts_bytes // 4, dtype=torch.float32, device=device),
+            torch.zeros(tiles, dtype=torch.int32, device=device),
+        )
+
+
+@triton.jit
+def _fetch_ahead(weight_ptr, rows_N, start, E: tl.constexpr, COLUMNS: tl.constexpr, LINE: tl.constexpr):
+    """Asks the L2 for COLUMNS inputs of each row, from `start` on, a cache line of LINE of them at a time."""
+    lines = start + tl.arange(0, COLUMNS // LINE) * LINE
+    addresses = (weight_ptr + rows_N[:, None].to(tl.int64) * E + tl.minimum(lines, E - 1)[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate * tl.sigmoid(gate)
+    else:  # gelu_tanh; tanh(z) = 2 sigmoid(2z) - 1
+        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+
+
+@triton.jit
+def _finish(acc, y_ptr, n, m, mask, stride_y, residual_ptr, RESIDUAL: tl.constexpr):
+    """Stores a product, or adds it to the residual; rounded like separate kernels do."""
+    if RESIDUAL:
+        at = residual_ptr + m * stride_y + n
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        acc = value + acc.to(residual_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(at, acc.to(residual_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(y_ptr + m * stride_y + n, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _vector_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    norm_ptr,
+    residual_ptr,
+    y_ptr,
+    num_rows,
+    num_outputs,
+    stride_x,
+    stride_y,
+    eps,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    LANE: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    slot = tl.arange(0, BLOCK_N)
+    if ACTIVATION is not None:  # gate and up rows side by side
+        row_N = tl.program_id(0) * (BLOCK_N // 2) + slot // 2
+        row_N = tl.minimum(row_N, num_outputs - 1) + (slot % 2) * num_outputs
+    else:
+        row_N = tl.minimum(tl.program_id(0) * BLOCK_N + slot, num_outputs - 1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            _fetch_ahead(weight_ptr, row_N, 0, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        tl.extra.cuda.gdc_wait()
+
+    e = tl.arange(0, BLOCK_E)
+    weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
+    acc0 = tl.zeros([BLOCK_N, BLOCK_E // LANE], tl.float32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    squares0 = tl.zeros([BLOCK_E], tl.float32)
+    squares1 = squares0
+    squares2 = squares0
+    squares3 = squares0
+    for start in tl.range(0, E, BLOCK_E, num_stages=STAGES):
+        if E % BLOCK_E == 0:
+            w = tl.load(weight_ptrs + start, eviction_policy="evict_first").to(tl.float32)
+            inside = e >= 0
+        else:
+            inside = start + e < E
+            w = tl.load(weight_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if NORM:
+            norm = tl.load(norm_ptr + start + e, mask=inside, other=0.0).to(tl.float32) + NORM_OFFSET
+        x = tl.load(x_ptr + start + e, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares0 += x * x
+            x = x * norm
+        acc0 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
+        if ROWS > 1:
+            x = tl.load(x_ptr + stride_x + start + e, mask=inside & (num_rows > 1), other=0.0).to(tl.float32)
+            if NORM:
+                squares1 += x * x
+                x = x * norm
+            acc1 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
+        if ROWS > 2:
+            x = tl.load(x_ptr + 2 * stride_x + start + e, mask=inside & (num_rows > 2), other=0.0).to(tl.float32)
+            if NORM:
+                squares2 += x * x
+                x = x * norm
+            acc2 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
+            x = tl.load(x_ptr + 3 * stride_x + start + e, mask=inside & (num_rows > 3), other=0.0).to(tl.float32)
+            if NORM:
+                squares3 += x * x
+                x = x * norm
+            acc3 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
+
+    for m in tl.static_range(ROWS):
+        if m == 0:
+            y = tl.sum(acc0, axis=1)
+            squares = squares0
+        elif m == 1:
+            y = tl.sum(acc1, axis=1)
+            squares = squares1
+        elif m == 2:
+            y = tl.sum(acc2, axis=1)
+            squares = squares2
+        else:
+            y = tl.sum(acc3, axis=1)
+            squares = squares3
+        if NORM:
+            y = y * tl.rsqrt(tl.sum(squares, axis=0) / E + eps)
+        if SCALED:
+            y = y * tl.load(scale_ptr + row_N)
+        if BIAS:
+            y += tl.load(bias_ptr + row_N).to(tl.float32)
+        if ACTIVATION is not None:
+            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
+            gate, up = tl.split(tl.reshape(y, [BLOCK_N // 2, 2]))
+            y = _activate(gate, ACTIVATION).to(y_ptr.dtype.element_ty).to(tl.float32) * up
+            n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        else:
+            n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        _finish(y, y_ptr, n, m, (n < num_outputs) & (m < num_rows), stride_y, residual_ptr, RESIDUAL)
+
+
+@triton.jit
+def _finish_matrix(
+    acc,
+    row_N,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    tile,
+    num_rows,
+    num_outputs,
+    stride_y,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """What follows a product [BLOCK_N, ROWS] of rows row_N of W."""
+    m = tl.arange(0, ROWS)[None, :]
+    if SCALED:
+        acc = acc * tl.load(scale_ptr + row_N)[:, None]
+    if BIAS:
+        acc += tl.load(bias_ptr + row_N).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, ROWS]), [0, 2, 1]))
+        acc = _activate(gate, ACTIVATION).to(y_ptr.dtype.element_ty).to(tl.float32) * up
+        n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[:, None]
+    else:
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    _finish(acc, y_ptr, n, m, (n < num_outputs) & (m < num_rows), stride_y, residual_ptr, RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _matrix_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    parts_ptr,
+    arrived_ptr,
+    num_rows,
+    num_outputs,
+    stride_x,
+    stride_y,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT_E: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    split = tl.program_id(0)
+    slot = tl.arange(0, BLOCK_N)
+    if ACTIVATION is not None:
+        row_N = tile * (BLOCK_N // 2) + slot // 2
+        row_N = tl.minimum(row_N, num_outputs - 1) + (slot % 2) * num_outputs
+    else:
+        row_N = tl.minimum(tile * BLOCK_N + slot, num_outputs - 1)
+    first = split * SPLIT_E
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            _fetch_ahead(weight_ptr, row_N, first, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        tl.extra.cuda.gdc_wait()
+
+    m = tl.arange(0, ROWS)
+    e = first + tl.arange(0, BLOCK_E)
+    weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
+    x_ptrs = x_ptr + m[None, :] * stride_x + e[:, None]
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for step in tl.range(0, SPLIT_E // BLOCK_E, num_stages=STAGES):
+        offset = step * BLOCK_E
+        if E % SPLIT_E == 0:
+            w = tl.load(weight_ptrs + offset, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + offset, mask=m[None, :] < num_rows, other=0.0)
+        else:
+            w = tl.load(weight_ptrs + offset, mask=(e + offset < E)[None, :], other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + offset, mask=(m[None, :] < num_rows) & (e + offset < E)[:, None], other=0.0)
+        acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision="ieee")
+
+    if SPLITS == 1:
+        _finish_matrix(
+            acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
+            ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
+        )  # fmt: skip
+    else:
+        part_ptrs = parts_ptr + tile * (SPLITS * ROWS * BLOCK_N) + m[None, :] * BLOCK_N + slot[:, None]
+        used = (m[None, :] < num_rows) & (slot[:, None] >= 0)
+        tl.store(part_ptrs + split * (ROWS * BLOCK_N), acc, mask=used)
+        tl.debug_barrier()  # all threads' parts are written before one of them counts the program in
+        before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if before == SPLITS - 1:
+            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            for other in tl.static_range(SPLITS):
+                acc += tl.load(part_ptrs + other * (ROWS * BLOCK_N), mask=used, other=0.0, cache_modifier=".cg")
+            tl.store(arrived_ptr + tile, 0)
+            _finish_matrix(
+                acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
+                ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
+            )  # fmt: skip
+
+
+def skinny_linear(
+    x_ME: torch.Tensor,
+    weight_NE: torch.Tensor,
+    plan: SkinnyPlan,
+    workspace: SkinnyWorkspace | None = None,
+    *,
+    weight_scale_N: torch.Tensor | None = None,
+    bias_N: torch.Tensor | None = None,
+    norm_weight_E: torch.Tensor | None = None,
+    eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: Activation | None = None,
+    residual_MN: torch.Tensor | None = None,
+    out_MN: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """act(norm(x) W^T * scale + bias), [M, N] ([M, N / 2] with an activation, whose gate rows come first); or, with a residual,
+    that added to it in place and the residual returned.
+
+    weight_NE: contiguous, in x's dtype or float8_e4m3fn with weight_scale_N. norm_weight_E (vector plans): RMSNorm of x
+    in float32, times norm_weight + norm_offset, not rounded in between. pdl: launched as a programmatic dependent; every kernel
+    of the chain whose output this one reads must then be whole once its grid has ended, which is so for all that do not write
+    after triggering their dependents' own completion.
+    """
+    rows, num_inputs = x_ME.shape
+    num_outputs = weight_NE.shape[0] // (2 if activation else 1)
+    if residual_MN is not None:
+        y = residual_MN
+    else:
+        y = out_MN if out_MN is not None else x_ME.new_empty((rows, num_outputs))
+    if rows > plan.block_rows:
+        raise ValueError(f"{rows} rows are more than the plan's {plan.block_rows}")
+    options: dict[str, object] = {"num_warps": plan.num_warps}
+    if pdl:
+        options["launch_pdl"] = True
+    block_outputs = plan.block_n // (2 if activation else 1)
+    tiles = triton.cdiv(num_outputs, block_outputs)
+    # Arguments that a variant does not read still need a pointer.
+    scale, bias = (x_ME if tensor is None else tensor for tensor in (weight_scale_N, bias_N))
+    shared = {
+        "E": num_inputs,
+        "ROWS": plan.block_rows,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_E": plan.block_e,
+        "STAGES": plan.num_stages,
+        "SCALED": weight_scale_N is not None,
+        "BIAS": bias_N is not None,
+        "RESIDUAL": residual_MN is not None,
+        "ACTIVATION": activation,
+        "PDL": pdl,
+        "PREFETCH": plan.prefetch if pdl else 0,
+    }
+    if plan.kind == "vector":
+        norm = x_ME if norm_weight_E is None else norm_weight_E
+        _vector_kernel[(tiles,)](
+            x_ME, weight_NE, scale, bias, norm, y, y, rows, num_outputs, x_ME.stride(0), y.stride(0), eps,
+            LANE=_LANE, NORM=norm_weight_E is not None, NORM_OFFSET=norm_offset, **shared, **options,
+        )  # fmt: skip
+        return y
+    if norm_weight_E is not None:
+        raise ValueError("only vector plans have a norm")
+    split_e = triton.cdiv(triton.cdiv(num_inputs, plan.splits), plan.block_e) * plan.block_e
+    parts, arrived = (workspace.parts, workspace.arrived) if workspace is not None else (y, y)
+    if plan.splits > 1:
+        needed = tiles * plan.splits * plan.block_rows * plan.block_n
+        if workspace is None or parts.numel() < needed or arrived.numel() < tiles:
+            raise ValueError(f"a product split {plan.splits} times needs {4 * needed} bytes of workspace and {tiles} counters")
+    _matrix_kernel[(plan.splits, tiles)](
+        x_ME, weight_NE, scale, bias, y, y, parts, arrived, rows, num_outputs, x_ME.stride(0), y.stride(0),
+        SPLITS=plan.splits, SPLIT_E=split_e, **shared, **options,
+    )  # fmt: skip
+    return y
+
+
+def skinny_linear_reference(
+    x_ME: torch.Tensor,
+    weight_NE: torch.Tensor,
+    *,
+    weight_scale_N: torch.Tensor | None = None,
+    bias_N: torch.Tensor | None = None,
+    norm_weight_E: torch.Tensor | None = None,
+    eps: float = 0.0,
+    norm_offset: float = 0.0,
+    activation: Activation | None = None,
+    residual_MN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same in plain torch, float32 inside; the residual is not changed."""
+    x, weight = x_ME.float(), weight_NE.float()
+    if norm_weight_E is not None:
+        x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps) * (norm_weight_E.float() + norm_offset)
+    if weight_scale_N is not None:
+        weight = weight * weight_scale_N.reshape(-1, 1)
+    y = F.linear(x, weight, None if bias_N is None else bias_N.float()).to(x_ME.dtype)
+    if activation is not None:
+        gate, up = y.chunk(2, dim=1)
+        y = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    return y if residual_MN is None else residual_MN + y
