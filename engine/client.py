@@ -13,7 +13,6 @@ from typing import Literal
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from engine.detokenizer import Detokenizer
 from engine.errors import EngineUnavailable, ModelLoadError, OctavoError, RequestFailed
@@ -42,13 +41,16 @@ logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "failed", "stopping"]
 
+# Messages taken in before the streams get to write: as many steps go into one event of a frontend that is behind.
+MAX_MESSAGES_A_TURN = 16
 
-class ChoiceDelta(msgspec.Struct):
-    """One event of one choice. text: what is new and safe to send; token_ids and logprobs: the new tokens.
 
-    finish_reason: "stop" | "length", on the last event. stop_reason: the stop string, or the caller's stop token
+class ChoiceDelta(msgspec.Struct, gc=False):
+    """What is new of one choice. text: new and safe to send; token_ids and logprobs: the new tokens.
+
+    finish_reason: "stop" | "length", on the last one. stop_reason: the stop string, or the caller's stop token
     id, that ended it; None for the model's own end.
-    prompt_logprobs: with the first event of the choice, when asked for. queue_s, prefill_s: with the first event.
+    prompt_logprobs: with the first delta of the choice, when asked for. queue_s, prefill_s: with the first one.
     """
 
     choice_index: int
@@ -61,6 +63,15 @@ class ChoiceDelta(msgspec.Struct):
     num_cached_tokens: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
+
+    def extend(self, later: ChoiceDelta) -> None:
+        """Take in the choice's next delta: what comes with the first one stays, the end is the later one's."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if self.logprobs is not None and later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
 
 
 class _Choice:
@@ -75,7 +86,10 @@ class _Choice:
 
 
 class RequestStream:
-    """Iterates over lists of ChoiceDelta, all that has arrived since the last look; ends when every choice has.
+    """Iterates over what is new, a ChoiceDelta for each choice that has something; ends when every choice has.
+
+    A reader that keeps up sees a delta for every output of the engine. What comes in while it is behind is joined on arrival:
+    it then gets few long deltas instead of many short ones, and neither its time nor our memory goes into their number.
 
     Raises RequestFailed or EngineUnavailable where the engine gave up. Leaving the `async with` aborts what is unfinished.
     """
@@ -90,73 +104,90 @@ class RequestStream:
     ) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
+        self.finished = False
         self._choices = choices
+        self._num_unfinished = len(choices)
         self._eos_token_ids = eos_token_ids
         self._abort = abort
-        self._deltas: list[ChoiceDelta] = []
+        self._news: dict[int, ChoiceDelta] = {}
         self._error: OctavoError | None = None
-        self._arrived = asyncio.Event()
-
-    @property
-    def finished(self) -> bool:
-        return self._error is not None or all(choice.finished for choice in self._choices)
+        self._waiter: asyncio.Future[None] | None = None
 
     def take(self, output: RequestOutput) -> int | None:
         """Add an engine output; returns the choice's index when a stop string ended it, so that the engine can be told."""
-        choice = self._choices[output.choice_index]
         if output.error is not None:
             self.fail(output.error.to_exception())
             return None
-        skip = choice.num_tokens - output.first_token_index
-        assert skip >= 0, "the engine left out a token"
+        choice = self._choices[output.choice_index]
         if choice.finished:
             return None  # tokens that were on their way when a stop string ended it
-        token_ids = output.token_ids[skip:]
+        token_ids, logprobs = output.token_ids, output.logprobs
+        if skip := choice.num_tokens - output.first_token_index:
+            assert skip > 0, "the engine left out a token"
+            token_ids = token_ids[skip:]
+            logprobs = None if logprobs is None else logprobs[skip:]
         choice.num_tokens += len(token_ids)
+        if output.finish_reason is None and len(token_ids) == 1 and choice.detokenizer.is_plain:
+            delta = ChoiceDelta(output.choice_index, choice.detokenizer.push(token_ids[0]), token_ids, logprobs)
+            stopped = False
+        else:
+            delta, stopped = self._read(choice, output, token_ids, logprobs)
+        if output.first_token_index == 0:
+            delta.prompt_logprobs = output.prompt_logprobs
+            delta.num_cached_tokens = output.num_cached_tokens
+            delta.queue_s, delta.prefill_s = output.queue_s, output.prefill_s
+        if delta.finish_reason is not None:
+            choice.finished = True
+            self._num_unfinished -= 1
+            self.finished = not self._num_unfinished
+        unread = self._news.get(delta.choice_index)
+        if unread is None:
+            self._news[delta.choice_index] = delta
+        else:
+            unread.extend(delta)
+        self._wake()
+        return output.choice_index if stopped and output.finish_reason is None else None
+
+    def _read(
+        self, choice: _Choice, output: RequestOutput, token_ids: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> tuple[ChoiceDelta, bool]:
+        """The delta of tokens among which the choice may end, and whether a stop string has ended it."""
         # A token that only ends the text, like an end-of-turn mark, is counted but has no place in it.
-        visible = token_ids if output.stop_token_id is None else token_ids[:-1]
-        text = choice.detokenizer.append(visible)
-        delta = ChoiceDelta(
-            choice_index=output.choice_index,
-            text=text.text,
-            token_ids=token_ids,
-            logprobs=output.logprobs[skip:] if output.logprobs is not None else None,
-            finish_reason=output.finish_reason,
-            stop_reason=None if output.stop_token_id in self._eos_token_ids else output.stop_token_id,
-            prompt_logprobs=output.prompt_logprobs,
-            num_cached_tokens=output.num_cached_tokens,
-            queue_s=output.queue_s,
-            prefill_s=output.prefill_s,
-        )
+        text = choice.detokenizer.append(token_ids if output.stop_token_id is None else token_ids[:-1])
         if text.stop is not None:
-            delta.finish_reason, delta.stop_reason = "stop", text.stop
-            delta.token_ids = token_ids[: text.num_tokens]
-            delta.logprobs = None if delta.logprobs is None else delta.logprobs[: text.num_tokens]
-        elif output.finish_reason is not None:
-            delta.text += choice.detokenizer.finish()
-        choice.finished = delta.finish_reason is not None
-        self._deltas.append(delta)
-        self._arrived.set()
-        return output.choice_index if text.stop is not None and output.finish_reason is None else None
+            logprobs = None if logprobs is None else logprobs[: text.num_tokens]
+            seen = token_ids[: text.num_tokens]
+            return ChoiceDelta(output.choice_index, text.text, seen, logprobs, "stop", text.stop), True
+        rest = choice.detokenizer.finish() if output.finish_reason is not None else ""
+        stop_reason = None if output.stop_token_id in self._eos_token_ids else output.stop_token_id
+        text_now = text.text + rest
+        return ChoiceDelta(output.choice_index, text_now, token_ids, logprobs, output.finish_reason, stop_reason), False
 
     def fail(self, error: OctavoError) -> None:
         """End the stream with an error, after what has arrived."""
         self._error = error
-        self._arrived.set()
+        self.finished = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None:
+            if not self._waiter.done():  # it may have been cancelled
+                self._waiter.set_result(None)
+            self._waiter = None
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         return self
 
     async def __anext__(self) -> list[ChoiceDelta]:
-        while not self._deltas:
+        while not self._news:
             if self._error is not None:
                 raise self._error
             if self.finished:
                 raise StopAsyncIteration
-            self._arrived.clear()
-            await self._arrived.wait()
-        deltas, self._deltas = self._deltas, []
-        return deltas
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        news, self._news = self._news, {}
+        return list(news.values())
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -184,8 +215,9 @@ class EngineClient:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._changed = asyncio.Event()
-        self._reader: asyncio.Task[None] | None = None
-        self._context = zmq.asyncio.Context()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._read_again: asyncio.Handle | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self.state: State = "starting"
         self.progress: LoadProgress | None = None
@@ -210,8 +242,9 @@ class EngineClient:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(self._supervisor.address)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.fileno(), self._read)
         self._send(Hello())
-        self._reader = asyncio.create_task(self._read())
         await self._supervisor.start(self._engine_ended)
 
     async def wait_until_ready(self) -> EngineReady:
@@ -232,8 +265,10 @@ class EngineClient:
         if self._supervisor.pid is not None and self.ready is None:
             self._supervisor.kill()  # it is loading and reads no messages
         await self._supervisor.stop()
-        if self._reader is not None:
-            self._reader.cancel()
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket.fileno())
+        if self._read_again is not None:
+            self._read_again.cancel()
         self._context.destroy(linger=0)
 
     async def generate(
@@ -288,16 +323,31 @@ class EngineClient:
             self._send(Abort(request_id))
 
     def _send(self, message: FrontendMessage) -> None:
-        # The socket has no high-water mark, so this never blocks; the future is done when it returns.
+        # The socket has no high-water mark, so this never blocks.
         self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+        # Sending may take in, and so silence, the signal of a message that has come.
+        self._read_soon()
 
-    async def _read(self) -> None:
+    def _read_soon(self) -> None:
+        if self._read_again is None and self._loop is not None:
+            self._read_again = self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        """Take in what has come. The socket's descriptor signals once for all messages, so they are read until there is none.
+
+        A zmq.asyncio socket does the same with three more futures a message, and never lets go while messages come in.
+        """
+        if self._read_again is not None:
+            self._read_again.cancel()
+            self._read_again = None
         try:
-            while True:
-                payload = await self._socket.recv()
-                self._dispatch(self._decoder.decode(payload))
+            for _ in range(MAX_MESSAGES_A_TURN):
+                self._dispatch(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
+            self._read_soon()
+        except zmq.Again:
+            pass
         except Exception as error:
-            # Nobody awaits this task while it runs: without this, every stream would wait for ever.
+            # The loop would only log it: without this, every stream would wait for ever.
             logger.exception("reading from the engine failed")
             self._fail_engine(EngineUnavailable(f"reading from the engine failed: {error}"))
 
@@ -321,15 +371,16 @@ class EngineClient:
     def _take(self, message: StepOutputs) -> None:
         if message.stats is not None:
             self.stats = message.stats
+        streams = self._streams
         for output in message.outputs:
-            stream = self._streams.get(output.request_id)
+            stream = streams.get(output.request_id)
             if stream is None:
                 continue  # abandoned while this was on its way
             stopped_choice = stream.take(output)
             if stopped_choice is not None:
                 self._send(Abort(output.request_id, stopped_choice))
             if stream.finished:
-                del self._streams[output.request_id]
+                del streams[output.request_id]
 
     def _answer(self, request_id: str, error: OctavoError | None) -> None:
         answer = self._answers.get(request_id)
