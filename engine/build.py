@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.attention.base import group_layers
-from engine.attention.sdpa import SdpaBackend
+from engine.attention.choose import choose_backend
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.cuda_graphs import buckets
 from engine.errors import ConfigError
+from engine.fusion import fuse, quantize
 from engine.host_memory import available_bytes
 from engine.kv_cache_manager import KVCacheManager
 from engine.memory_plan import KVPlan, estimate_kv_groups, estimate_weight_bytes, plan_kv_cache
@@ -29,7 +32,8 @@ from engine.step import KVGroupSpec
 
 Report = Callable[[str, str, float | None], None]
 
-BACKENDS = ("sdpa",)
+_BYTES_PER_LAUNCH = 16 << 10  # of a recorded kernel launch, device side, generously
+_GENERAL_SAMPLING_COPIES = 5  # float32 logits, as the general path holds at once: raw, scaled, probabilities, noise, logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class _Limits:
     device: torch.device
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_mixed_tokens: int
     pipeline_depth: int
 
 
@@ -54,54 +59,86 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         seconds[name] = round(time.monotonic() - started, 3)
 
     limits = _limits(config)
-    if config.attention_backend not in ("auto", *BACKENDS):
-        raise ConfigError(
-            f"attention_backend must be auto or {', '.join(BACKENDS)}, got {config.attention_backend!r}",
-            param="attention_backend",
-        )
     torch.set_num_threads(config.parallel.num_threads or _usable_cores())
     with phase("resolve", config.model.model):
         folder = resolve_model(config.model, report)
         hf_config = read_config(folder)
         dtype = resolve_dtype(config.model.dtype, limits.device, hf_config)
+        kv_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
     model_context = max_context(hf_config.get_text_config(decoder=True))
-    free_bytes = _bytes_for_pages(config, folder, dtype, limits)
 
-    def plan(groups: tuple[KVGroupSpec, ...], max_model_len: int | None) -> KVPlan:
+    def plan(groups: tuple[KVGroupSpec, ...], free_bytes: int, max_model_len: int | None, context: int) -> KVPlan:
         return plan_kv_cache(
             free_bytes=free_bytes,
             groups=groups,
             block_size=config.cache.block_size,
             max_model_len=max_model_len,
-            model_context=model_context,
+            model_context=context,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens * (1 + limits.pipeline_depth),
             num_kv_blocks=config.cache.num_kv_blocks,
         )
 
     # Before any weight is read: a context that does not fit is refused here.
+    expected_bytes = _bytes_for_pages(config, folder, dtype, limits)
     estimate = plan(
-        estimate_kv_groups(hf_config.to_dict(), config.cache.block_size, dtype.itemsize), config.model.max_model_len
+        estimate_kv_groups(hf_config.to_dict(), config.cache.block_size, kv_dtype.itemsize),
+        expected_bytes,
+        config.model.max_model_len,
+        model_context,
     )
     with phase("load", f"{folder.name} as {_name(dtype)} on {limits.device}"):
         loaded = load_model(folder, config.model, limits.device, dtype, served_context=estimate.max_model_len)
-    with phase("allocate pages"):
-        groups = group_layers(loaded.layers, config.cache.block_size, dtype.itemsize)
-        kv_plan = plan(groups, estimate.max_model_len)
-        backend = SdpaBackend(loaded.layers, groups, config.cache.block_size, dtype, limits.device)
-        backend.allocate(kv_plan.num_blocks)
+    groups = group_layers(loaded.layers, config.cache.block_size, kv_dtype.itemsize)
+    backend_class, reason = choose_backend(
+        config.attention_backend,
+        layers=loaded.layers,
+        groups=groups,
+        block_size=config.cache.block_size,
+        dtype=dtype,
+        device=limits.device,
+        kv_cache_dtype=config.cache.kv_cache_dtype,
+    )
+    report("attention", f"{backend_class.name}: {reason}", None)
+    own: dict[str, Any] = {"kv_dtype": kv_dtype, "max_num_seqs": limits.max_num_seqs} if backend_class.name == "triton" else {}
+    backend = backend_class(loaded.layers, groups, config.cache.block_size, dtype, limits.device, **own)
+    on_gpu = limits.device.type == "cuda"
+    fused = None
+    if on_gpu:
+        with phase("fuse"), torch.inference_mode():
+            if hasattr(backend, "rotate_and_write"):
+                fused = fuse(loaded.model, loaded.layers, estimate.max_model_len)
+            if config.model.quantization == "fp8":
+                quantize(loaded.model, fused)
+    elif config.model.quantization != "none":
+        raise ConfigError("quantization fp8 needs a GPU: leave it out on a CPU", param="quantization")
     runner = ModelRunner(
         loaded.model,
         backend,
         vocab_size=loaded.vocab_size,
         num_groups=len(groups),
         max_num_seqs=limits.max_num_seqs,
-        max_model_len=kv_plan.max_model_len,
+        max_model_len=estimate.max_model_len,
         block_size=config.cache.block_size,
         device=limits.device,
+        fused=fused,
+        on_device=on_gpu and backend.name != "sdpa",
+        use_graphs=config.cuda_graphs,
     )
+    free_bytes, max_model_len, context = expected_bytes, config.model.max_model_len, estimate.max_model_len
+    if on_gpu:
+        backend.allocate([1] * len(groups))
+        with phase("compile kernels"):
+            runner.warm_up()
+        if config.cache.kv_cache_memory_bytes is None:
+            with phase("profile a step"):
+                step_bytes = runner.profile(limits.max_num_batched_tokens)
+                free_bytes = _free_after_profile(config, limits, loaded, step_bytes)
+    with phase("allocate pages"):
+        kv_plan = plan(groups, free_bytes, max_model_len, context)
+        backend.allocate(kv_plan.num_blocks)
     with phase("warm up"):
-        runner.warm_up(min(limits.max_num_batched_tokens, 256))
+        runner.warm_up()
     kv_cache = KVCacheManager(
         groups,
         kv_plan.num_blocks,
@@ -113,6 +150,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         kv_cache,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_mixed_tokens=limits.max_num_mixed_tokens,
         max_model_len=kv_plan.max_model_len,
     )
     core = EngineCore(
@@ -122,7 +160,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         eos_token_ids=frozenset(loaded.eos_token_ids),
         pipeline_depth=limits.pipeline_depth,
     )
-    return core, _ready(config, limits, loaded, folder, kv_plan, estimate.notes, seconds, backend.name)
+    report("started", ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), None)
+    return core, _ready(config, limits, loaded, folder, kv_plan, estimate.notes + kv_plan.notes, seconds, backend.name)
 
 
 def _limits(config: EngineConfig) -> _Limits:
@@ -145,6 +184,8 @@ def _limits(config: EngineConfig) -> _Limits:
         device=torch.device("cuda" if on_gpu else "cpu"),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_num_mixed_tokens=scheduler.max_num_mixed_tokens
+        or (max(min(2048, max_num_batched_tokens), max_num_seqs) if on_gpu else max_num_batched_tokens),
         pipeline_depth=depth if depth is not None else int(on_gpu),
     )
 
@@ -166,6 +207,25 @@ def _bytes_for_pages(config: EngineConfig, folder: Path, dtype: torch.dtype, lim
         reserve = total - int(total * config.cache.gpu_memory_utilization)
         return max(0, free - reserve - weights - _activation_bytes(folder, dtype, limits))
     return max(0, int((available_bytes() - weights) * config.cache.cpu_memory_share))
+
+
+def _free_after_profile(config: EngineConfig, limits: _Limits, loaded: LoadedModel, step_bytes: int) -> int:
+    """Memory for KV pages, from what the card says is free now: less what a step was seen to take, the graphs, the general
+    sampling path, and the share of the card that is not ours to take."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(limits.device)
+    reserve = total - int(total * config.cache.gpu_memory_utilization)
+    sampling = _GENERAL_SAMPLING_COPIES * 4 * limits.max_num_seqs * loaded.vocab_size
+    graphs = _graph_bytes(loaded, limits) if config.cuda_graphs else 0
+    return max(0, free - reserve - step_bytes - sampling - graphs)
+
+
+def _graph_bytes(loaded: LoadedModel, limits: _Limits) -> int:
+    """Set aside for CUDA graphs: one pool of temporaries for the largest batch, and the recorded launches of each bucket."""
+    launches = 16 * len(loaded.layers) * len(buckets(limits.max_num_seqs))
+    text = loaded.config
+    width = 8 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size) + loaded.vocab_size
+    return int(launches * _BYTES_PER_LAUNCH + limits.max_num_seqs * width * loaded.dtype.itemsize)
 
 
 def _activation_bytes(folder: Path, dtype: torch.dtype, limits: _Limits) -> int:

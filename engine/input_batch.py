@@ -14,24 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.base import RaggedBatch
+from engine.attention.base import DeviceRows, RaggedBatch
 from engine.step import NewRow, SchedulerOutput
+from engine.step_feed import StepFeed, to_device
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 SeedArray = npt.NDArray[np.uint64]
 
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-
-
-def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """Shares memory on a CPU; elsewhere copies through pinned memory, which torch reuses only when the copy is done."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(slots=True)
@@ -101,6 +92,9 @@ class TokenCounts:
         )
         self._free_rows = list(range(old + more - 1, old - 1, -1))
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._state_rows
+
     def free(self, slot: int) -> None:
         row = self._state_rows.pop(slot, None)
         if row is not None:
@@ -123,9 +117,14 @@ class TokenCounts:
 
 
 class SamplingSlots:
-    """The sampling parameters of every slot as columns, written when a slot is filled."""
+    """The sampling parameters of every slot as columns, written when a slot is filled.
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    feed: where a device keeps the columns of its own sampling kernel, if it has one.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, feed: StepFeed | None = None) -> None:
+        self._feed = feed
+        self._needs_host = np.zeros(num_slots, dtype=np.bool_)  # biases, penalties, logprobs: not in the sampling kernel
         self._floats = {name: np.zeros(num_slots, dtype=np.float32) for name in _FLOAT_COLUMNS}
         self._top_k, self._min_tokens, self._num_prompt_tokens, self._num_logprobs = np.zeros((4, num_slots), dtype=np.int64)
         self._seed = np.zeros(num_slots, dtype=np.uint64)
@@ -150,11 +149,40 @@ class SamplingSlots:
             self._stop_ids[slot] = np.array(sorted(stop_ids), dtype=np.int64)
         if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
             self._counts.fill(slot, row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :])
+        if self._feed is not None:
+            self._needs_host[slot] = sampling.logprobs is not None or bool(sampling.logit_bias) or slot in self._counts
+            self._feed.set_sampling(
+                slot,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                seed=row.seed,
+            )
 
     def free(self, slot: int) -> None:
         self._biases.pop(slot, None)
         self._stop_ids.pop(slot, None)
         self._counts.free(slot)
+
+    def output_index(self, slots: IntArray, positions: IntArray) -> IntArray:
+        """Output tokens before each of the tokens at `positions`."""
+        return positions - self._num_prompt_tokens[slots]
+
+    def kernel_mode(self, slots: IntArray, positions: IntArray) -> str | None:
+        """Which form of the sampling kernel serves these rows: "greedy", "random" (Gumbel noise), "filtered" (top_k, top_p or
+        min_p too); None where a row needs what only the general path has."""
+        if self._needs_host[slots].any():
+            return None
+        if self._stop_ids:
+            too_short = self.output_index(slots, positions) < self._min_tokens[slots]
+            if any(slot in self._stop_ids for slot in slots[too_short].tolist()):
+                return None
+        is_random = self._floats["temperature"][slots] > 0
+        if not is_random.any():
+            return "greedy"
+        top_k, top_p, min_p = self._top_k[slots], self._floats["top_p"][slots], self._floats["min_p"][slots]
+        return "filtered" if (is_random & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any() else "random"
 
     def take(self, slots: Sequence[int], positions: IntArray) -> SamplingBatch:
         """The knobs of the rows that sample now: row i draws the token at positions[i] of slots[i]."""
@@ -189,8 +217,26 @@ class StepInputs:
     row_ends: IntArray
 
 
+@dataclass(slots=True)
+class _Rows:
+    """A step's rows as arrays [R]: slots, first positions, numbers of tokens, one past the last positions."""
+
+    slots: IntArray
+    starts: IntArray
+    counts: IntArray
+    ends: IntArray
+
+    @classmethod
+    def of(cls, step: SchedulerOutput) -> _Rows:
+        slots, starts, counts = (np.array(x, dtype=np.int64) for x in (step.slots, step.start_positions, step.num_tokens))
+        return cls(slots, starts, counts, starts + counts)
+
+
 class InputBatch:
-    """Every slot's tokens, page ids and sampling state. The device has last tokens and penalty counts, the host the rest."""
+    """Every slot's tokens, page ids and sampling state. The device has last tokens and penalty counts, the host the rest.
+
+    With on_device the device also keeps block tables and sampling columns (`feed`), and gets a step's rows there.
+    """
 
     def __init__(
         self,
@@ -201,6 +247,7 @@ class InputBatch:
         block_size: int,
         vocab_size: int,
         device: torch.device,
+        on_device: bool = False,
     ) -> None:
         max_blocks = -(-max_model_len // block_size)
         self._device = device
@@ -211,8 +258,13 @@ class InputBatch:
         self._num_prompt_logprobs = np.zeros(max_num_seqs, dtype=np.int64)
         self._tables = [np.zeros((max_num_seqs, max_blocks), dtype=np.int32) for _ in range(num_groups)]
         self._num_blocks = np.zeros((num_groups, max_num_seqs), dtype=np.int64)
-        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.sampling = SamplingSlots(max_num_seqs, vocab_size, device)
+        self.feed = (
+            StepFeed(num_groups=num_groups, num_slots=max_num_seqs, max_blocks=max_blocks, device=device) if on_device else None
+        )
+        self._last_token = (
+            torch.zeros(max_num_seqs, dtype=torch.int64, device=device) if self.feed is None else self.feed.last_token
+        )
+        self.sampling = SamplingSlots(max_num_seqs, vocab_size, device, self.feed)
 
     def apply(self, step: SchedulerOutput) -> None:
         """Free, fill and extend slots as the step says, forks included."""
@@ -236,30 +288,92 @@ class InputBatch:
         self.sampling.fill(row)
 
     def _append_blocks(self, slot: int, ids_by_group: Sequence[list[int]]) -> None:
-        for table, num_blocks, ids in zip(self._tables, self._num_blocks, ids_by_group, strict=True):
-            start = num_blocks[slot]
-            table[slot, start : start + len(ids)] = ids
-            num_blocks[slot] = start + len(ids)
+        for group, ids in enumerate(ids_by_group):
+            start = int(self._num_blocks[group, slot])
+            self._tables[group][slot, start : start + len(ids)] = ids
+            self._num_blocks[group, slot] = start + len(ids)
+            if self.feed is not None:
+                self.feed.append_blocks(group, slot, start, ids)
 
     def build(self, step: SchedulerOutput) -> StepInputs:
         """The inputs of a step's forward; `apply` comes first."""
-        slots, starts, counts = (np.array(x, dtype=np.int64) for x in (step.slots, step.start_positions, step.num_tokens))
-        row_ends = np.cumsum(counts)
-        rows = np.repeat(np.arange(slots.size), counts)
-        positions = np.arange(row_ends[-1]) + (starts + counts - row_ends)[rows]
-        input_ids = to_device(self._token_ids[slots[rows], positions].astype(np.int64), self._device)
-        ends = starts + counts
-        sampled = np.flatnonzero(ends > self._num_known[slots])
+        rows = _Rows.of(step)
+        row_ends = np.cumsum(rows.counts)
+        row_of_token = np.repeat(np.arange(rows.slots.size), rows.counts)
+        positions = np.arange(row_ends[-1]) + (rows.ends - row_ends)[row_of_token]
+        known_ids = self._token_ids[rows.slots[row_of_token], positions]
+        sampled = np.flatnonzero(rows.ends > self._num_known[rows.slots])
         if sampled.size:
-            assert (np.maximum(starts, self._num_known[slots]) + 1 == ends)[sampled].all(), "only a last token can be unknown"
-            device_slots = to_device(slots[sampled], self._device)
+            last_known = np.maximum(rows.starts, self._num_known[rows.slots]) + 1
+            assert (last_known == rows.ends)[sampled].all(), "only a last token can be unknown"
+        if self.feed is not None:
+            known_ids[row_ends[sampled] - 1] = -1
+            return self._build_on_device(self.feed, step, rows, row_ends, row_of_token, known_ids, positions)
+        input_ids = to_device(known_ids.astype(np.int64), self._device)
+        if sampled.size:
+            device_slots = to_device(rows.slots[sampled], self._device)
             input_ids[to_device(row_ends[sampled] - 1, self._device)] = self._last_token[device_slots]
         return StepInputs(
             input_ids=input_ids[None],
             position_ids=to_device(positions, self._device)[None],
-            ragged=RaggedBatch(step.num_tokens, step.start_positions, self._block_tables(step.slots, ends)),
+            ragged=RaggedBatch(step.num_tokens, step.start_positions, self._block_tables(step.slots, rows.ends)),
             row_ends=row_ends,
         )
+
+    def _build_on_device(
+        self,
+        feed: StepFeed,
+        step: SchedulerOutput,
+        rows: _Rows,
+        row_ends: IntArray,
+        row_of_token: IntArray,
+        known_ids: npt.NDArray[np.int32],
+        positions: IntArray,
+    ) -> StepInputs:
+        """Rows into the feed's static memory, tokens beside them in a copy of their own size."""
+        num_rows, num_tokens = rows.slots.size, positions.size
+        feed.send({"row_slots": rows.slots, "seq_lens": rows.ends, **self._sample_fields(step, rows)}, padded_to=num_rows)
+        parts = (known_ids, positions, rows.slots[row_of_token], rows.starts, np.zeros(1), row_ends)
+        packed = to_device(np.concatenate(parts).astype(np.int32), self._device)
+        input_ids, positions_T, token_slots, context_lens, query_starts = packed.split(
+            [num_tokens, num_tokens, num_tokens, num_rows, num_rows + 1]
+        )
+        is_chunk = np.flatnonzero(rows.counts != 1)
+        device_rows = DeviceRows(
+            block_tables=feed.tables,
+            row_slots=feed.field("row_slots", num_rows),
+            seq_lens=feed.field("seq_lens", num_rows),
+            context_lens=context_lens,
+            query_starts=query_starts,
+            positions=positions_T,
+            token_slots=token_slots,
+            num_decodes=int(is_chunk[0]) if is_chunk.size else num_rows,
+        )
+        tables = self._block_tables(step.slots, rows.ends)
+        return StepInputs(
+            input_ids=feed.resolve_ids(input_ids, token_slots)[None],
+            position_ids=positions_T.to(torch.int64)[None],
+            ragged=RaggedBatch(step.num_tokens, step.start_positions, tables, device_rows),
+            row_ends=row_ends,
+        )
+
+    def send_decodes(self, step: SchedulerOutput, padded_to: int) -> None:
+        """A step of decodes alone, whose every row is sampled: its rows, into the feed's static memory."""
+        assert self.feed is not None
+        rows = _Rows.of(step)
+        ids = np.where(rows.ends > self._num_known[rows.slots], -1, self._token_ids[rows.slots, rows.starts])
+        fields = {"row_slots": rows.slots, "seq_lens": rows.ends, "input_ids": ids, **self._sample_fields(step, rows)}
+        self.feed.send(fields, padded_to=padded_to)
+
+    def _sample_fields(self, step: SchedulerOutput, rows: _Rows) -> dict[str, IntArray]:
+        """Slots that are sampled for, and their output tokens so far: sampled rows, then forks."""
+        slots, positions = rows.slots, rows.ends
+        if len(step.sampled_rows) != slots.size:
+            slots, positions = slots[step.sampled_rows], positions[step.sampled_rows]
+        if step.forks:
+            slots = np.append(slots, [fork.row.slot for fork in step.forks])
+            positions = np.append(positions, [rows.ends[fork.parent_row] for fork in step.forks])
+        return {"sample_slots": slots, "output_index": self.sampling.output_index(slots, positions)}
 
     def _block_tables(self, slots: Sequence[int], ends: IntArray) -> tuple[list[Sequence[int]], ...]:
         used = (-(-ends // self._block_size)).tolist()

@@ -1,9 +1,13 @@
-"""ModelRunner: the device side of a step. `launch` runs the forward and returns at once; `sample` draws the tokens."""
+"""ModelRunner: the device side of a step. `launch` runs the forward and returns at once; `sample` draws the tokens.
+
+On a GPU a step of decodes alone runs from static memory (`step_feed.py`), padded to a bucket of rows, as a CUDA graph once there is
+one for the bucket; sampling has graphs of its own. Every other step is launched kernel by kernel.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +16,18 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from engine.attention.base import AttentionBackend
+from engine.attention.base import AttentionBackend, RaggedBatch
 from engine.attention.hf import StepAttention
-from engine.input_batch import InputBatch, IntArray, StepInputs, to_device
+from engine.cuda_graphs import CudaGraphs, buckets
+from engine.errors import OutOfDeviceMemory
+from engine.fusion import FusedDecoder
+from engine.input_batch import InputBatch, IntArray, StepInputs
+from engine.kernels.sampling import SamplingWorkspace, sample_tokens
 from engine.messages import TokenLogprobs
 from engine.sampler import LogprobsTensors, compute_logprobs, sample
 from engine.sampling_params import SamplingParams
 from engine.step import SCRATCH_BLOCK_ID, HostMasks, ModelRunnerOutput, NewRow, SchedulerOutput
+from engine.step_feed import to_device
 
 MAX_PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits exist at once: float32 [256, V] is 50 MB at 49,152 tokens and 131 MB at 128,256."""
@@ -38,32 +47,37 @@ class SplitModel:
 
     The head half is a shallow copy of the model (same weights) whose decoder hands its input through, so that the class's own
     forward makes the logits, with its soft cap or scaling if it has one. Replace modules of the model before, not after.
+    fused: stands for the decoder where there is one.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int, fused: FusedDecoder | None = None) -> None:
         prefix = str(model.base_model_prefix)
         self._decoder = getattr(model, prefix)
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, prefix: _GivenHiddenStates()}
         self._vocab_size = vocab_size
+        self._fused = fused
 
     def hidden_states(
         self, input_ids_1T: torch.Tensor, position_ids_1T: torch.Tensor, attention: StepAttention
     ) -> torch.Tensor:
         """Final hidden states [T, hidden size]."""
+        if self._fused is not None:
+            return self._fused(input_ids_1T[0], attention)
         output = self._decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, paged_attention=attention)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """float32 [N, vocab_size] of hidden states [N, hidden size]."""
+        """[N, vocab_size] of hidden states [N, hidden size], in the dtype that the head makes them."""
         logits = self._head(inputs_embeds=hidden_states[None], use_cache=False).logits
-        return logits[0, :, : self._vocab_size].float()  # type: ignore[no-any-return]
+        return logits[0, :, : self._vocab_size]  # type: ignore[no-any-return]
 
 
 @dataclass(slots=True)
 class _Launched:
     """A step between its two calls. The lists have one entry a token to sample, rows then forks: the slot and position it
-    goes to, the scheduled row it comes from, and that row's place in `logits`."""
+    goes to, the scheduled row it comes from, and that row's place in `logits`. logits: in the head's dtype. bucket: rows that the
+    step was padded to, where it ran from static memory."""
 
     step: SchedulerOutput
     slots: list[int]
@@ -72,26 +86,33 @@ class _Launched:
     logits_index: IntArray
     logits: torch.Tensor | None
     prompt_logprobs: dict[int, list[LogprobsTensors]]
+    bucket: int | None = None
 
 
 class _HostCopies:
-    """Results on their way to the host: all copies are queued at once and awaited by one event."""
+    """Results on their way to the host, on a stream of their own, awaited by one event: the next step need not wait for them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.Event(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._stream = stream
+        self._event = torch.cuda.Event() if stream is not None else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._event is None:
+        if self._stream is None:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)
+        return host
 
     def copy_logprobs(self, tensors: LogprobsTensors) -> LogprobsTensors:
         return LogprobsTensors(*(self.copy(x) for x in (tensors.chosen, tensors.ranks, tensors.top_ids, tensors.top_values)))
 
     def record(self) -> None:
         if self._event is not None:
-            self._event.record()
+            self._event.record(self._stream)
 
     def wait(self) -> None:
         if self._event is not None:
@@ -136,8 +157,10 @@ def _entries(tensors: LogprobsTensors, num_best: Sequence[int]) -> list[TokenLog
 class ModelRunner:
     """Runs steps of one model on one device; see step.Runner. Never syncs with the device in `launch` or `sample`.
 
-    model: a Hugging Face causal model, loaded, in eval mode, its attention routed to `attention.hf`. backend: with pages
-    allocated. vocab_size: ids at or past it (padding of the embedding) are never sampled. num_groups: KV groups.
+    model: a Hugging Face causal model, loaded, in eval mode, its attention routed to `attention.hf`; fused: its decoder in fused
+    form, if there is one. backend: with pages allocated. vocab_size: ids at or past it (padding of the embedding) are never
+    sampled. num_groups: KV groups. on_device: the device keeps block tables and samples with its own kernel (a GPU).
+    use_graphs: whether steps of decodes are captured as CUDA graphs.
     """
 
     def __init__(
@@ -151,10 +174,14 @@ class ModelRunner:
         max_model_len: int,
         block_size: int,
         device: torch.device,
+        fused: FusedDecoder | None = None,
+        on_device: bool = False,
+        use_graphs: bool = False,
     ) -> None:
-        self._model = SplitModel(model, vocab_size)
+        self._model = SplitModel(model, vocab_size, fused)
         self._backend = backend
         self._num_groups = num_groups
+        self._num_slots = max_num_seqs
         self._max_model_len = max_model_len
         self._block_size = block_size
         self._device = device
@@ -165,14 +192,78 @@ class ModelRunner:
             block_size=block_size,
             vocab_size=vocab_size,
             device=device,
+            on_device=on_device,
         )
         self._launched: _Launched | None = None
+        self._buckets = buckets(max_num_seqs)
+        self._graphs = CudaGraphs(device) if use_graphs and on_device and backend.graphs else None
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ran: set[tuple[str, int, str]] = set()  # what has run kernel by kernel, and so may be captured
+        if on_device:
+            dtype = next(model.parameters()).dtype
+            self._logits = torch.empty(max_num_seqs, vocab_size, dtype=dtype, device=device)
+            self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+            self._sampling_workspace = SamplingWorkspace.make(max_num_seqs, vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, step: SchedulerOutput) -> None:
-        """Apply the step to the slots and run its forward; every launch is followed by one `sample`."""
+        """Apply the step to the slots and run its forward; every launch is followed by one `sample`.
+
+        Raises OutOfDeviceMemory where the forward does not fit: no token was sampled, and the same rows may be launched again.
+        """
         assert self._launched is None, "the step before was not sampled"
         self._batch.apply(step)
+        try:
+            if self._batch.feed is not None and _is_decodes_alone(step):
+                self._launched = self._launch_decodes(step)
+            else:
+                self._launched = self._launch_any(step)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise OutOfDeviceMemory(f"a step of {step.total_num_tokens} tokens does not fit: {error}") from error
+
+    def _launch_decodes(self, step: SchedulerOutput) -> _Launched:
+        num_rows = len(step.slots)
+        bucket = next(size for size in self._buckets if size >= num_rows)
+        self._batch.send_decodes(step, padded_to=bucket)
+        self._run(("decode", bucket, ""), lambda: self._decode(bucket))
+        return _Launched(
+            step=step,
+            slots=step.slots,
+            positions=np.array(step.start_positions, dtype=np.int64) + 1,
+            source_rows=step.sampled_rows,
+            logits_index=np.arange(num_rows),
+            logits=self._logits[:num_rows],
+            prompt_logprobs={},
+            bucket=bucket,
+        )
+
+    def _run(self, key: tuple[str, int, str], work: Callable[[], None]) -> None:
+        """By its graph, by a graph captured now, or kernel by kernel. A capture is a pause: not in every step, and only of
+        what has run before."""
+        graphs = self._graphs
+        if graphs is None:
+            work()
+            return
+        if graphs.replay(key):
+            return
+        if key in self._ran and graphs.may_capture() and graphs.capture(key, work):
+            graphs.replay(key)
+            return
+        work()
+        self._ran.add(key)
+
+    def _decode(self, bucket: int) -> None:
+        """The forward of a step of decodes, from the feed's static memory to the static logits."""
+        feed = self._batch.feed
+        assert feed is not None
+        rows = feed.decode_rows(bucket)
+        attention = StepAttention(self._backend, self._backend.prepare(RaggedBatch([], [], (), rows)))
+        positions = rows.positions.to(torch.int64)
+        hidden = self._model.hidden_states(feed.decode_ids(bucket)[None], positions[None], attention)
+        self._logits[:bucket].copy_(self._model.logits(hidden))
+
+    def _launch_any(self, step: SchedulerOutput) -> _Launched:
         source_rows = step.sampled_rows + [fork.parent_row for fork in step.forks]
         rows, logits_index = np.unique(np.array(source_rows, dtype=np.int64), return_inverse=True)
         logits, prompt_logprobs = None, {}
@@ -185,7 +276,7 @@ class ModelRunner:
             if source_rows:
                 logits = self._model.logits(hidden[to_device(inputs.row_ends[rows] - 1, self._device)])
             prompt_logprobs = self._prompt_logprobs(step, inputs, hidden)
-        self._launched = _Launched(
+        return _Launched(
             step=step,
             slots=[step.slots[row] for row in step.sampled_rows] + [fork.row.slot for fork in step.forks],
             positions=np.array([step.start_positions[row] + step.num_tokens[row] for row in source_rows], dtype=np.int64),
@@ -207,7 +298,7 @@ class ModelRunner:
             parts = []
             for start in range(0, targets.size, MAX_PROMPT_LOGITS_ROWS):
                 wanted = targets[start : start + MAX_PROMPT_LOGITS_ROWS]
-                logits = self._model.logits(hidden[first + start : first + start + wanted.size])
+                logits = self._model.logits(hidden[first + start : first + start + wanted.size]).float()
                 parts.append(compute_logprobs(logits, to_device(wanted, self._device), num_best))
             result[row] = parts
         return result
@@ -217,26 +308,72 @@ class ModelRunner:
         """Draw the launched step's tokens. A mask of a row holds for its forks too."""
         launched, self._launched = self._launched, None
         assert launched is not None, "no step was launched"
-        copies = _HostCopies(self._device)
+        token_ids, logprobs = None, None
+        wanted: tuple[list[int], list[int]] = ([], [])
+        if launched.logits is not None:
+            mode = self._kernel_mode(launched, masks)
+            if mode is not None:
+                token_ids = self._sample_by_kernel(launched, launched.logits, mode)
+            else:
+                token_ids, logprobs, wanted = self._sample_in_general(launched, launched.logits, masks)
+        copies = _HostCopies(self._device, self._copy_stream)
         pending = _Pending(
             step_id=launched.step.step_id,
-            token_ids=None,
-            logprobs_rows=[],
-            num_logprobs=[],
-            logprobs=None,
+            token_ids=None if token_ids is None else copies.copy(token_ids),
+            logprobs_rows=wanted[0],
+            num_logprobs=wanted[1],
+            logprobs=None if logprobs is None else copies.copy_logprobs(logprobs),
             prompt_logprobs={
                 row: [copies.copy_logprobs(part) for part in parts] for row, parts in launched.prompt_logprobs.items()
             },
             copies=copies,
         )
-        if launched.logits is not None:
-            self._sample_into(pending, launched, launched.logits, masks)
         copies.record()
         return pending
 
-    def _sample_into(self, pending: _Pending, launched: _Launched, logits: torch.Tensor, masks: HostMasks | None) -> None:
-        if not np.array_equal(launched.logits_index, np.arange(len(logits))):
-            logits = logits[to_device(launched.logits_index, self._device)]
+    def _kernel_mode(self, launched: _Launched, masks: HostMasks | None) -> str | None:
+        """The sampling kernel's mode for this step; None where the general path must do it."""
+        if self._batch.feed is None or masks is not None:
+            return None
+        return self._batch.sampling.kernel_mode(np.asarray(launched.slots, dtype=np.int64), launched.positions)
+
+    def _sample_by_kernel(self, launched: _Launched, logits: torch.Tensor, mode: str) -> torch.Tensor:
+        num_rows = len(launched.slots)
+        if self._copy_stream is not None:
+            # The step before may still be copying its tokens from the static memory that this one writes.
+            torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
+        bucket = launched.bucket
+        if bucket is not None:
+            self._run(("sample", bucket, mode), lambda: self._draw(self._logits[:bucket], bucket, mode))
+        else:
+            self._draw(self._expanded(launched, logits), num_rows, mode)
+        return self._token_ids[:num_rows]
+
+    def _draw(self, logits: torch.Tensor, num_rows: int, mode: str) -> None:
+        feed = self._batch.feed
+        assert feed is not None
+        sample_tokens(
+            logits,
+            feed.field("sample_slots", num_rows),
+            feed.field("output_index", num_rows),
+            feed.columns,
+            self._token_ids[:num_rows],
+            feed.last_token,
+            workspace=self._sampling_workspace,
+            mode=mode,
+        )
+
+    def _expanded(self, launched: _Launched, logits: torch.Tensor) -> torch.Tensor:
+        """One row of logits a token to sample: a forked row's are there several times."""
+        if np.array_equal(launched.logits_index, np.arange(len(logits))):
+            return logits
+        return logits[to_device(launched.logits_index, self._device)]
+
+    def _sample_in_general(
+        self, launched: _Launched, logits: torch.Tensor, masks: HostMasks | None
+    ) -> tuple[torch.Tensor, LogprobsTensors | None, tuple[list[int], list[int]]]:
+        """Tokens; logprobs of the rows that want them; those rows and how many best tokens each wants."""
+        logits = self._expanded(launched, logits).float()
         batch = self._batch.sampling.take(launched.slots, launched.positions)
         if masks is not None:
             batch.allowed = {i: masks.allowed[row] for i, row in enumerate(launched.source_rows) if row in masks.allowed}
@@ -245,19 +382,93 @@ class ModelRunner:
         raw = logits[wants_rows] if wants.size else None  # a copy: sampling overwrites logits
         token_ids = sample(logits, batch)
         self._batch.record(launched.slots, token_ids)
-        pending.token_ids = pending.copies.copy(token_ids)
-        if raw is not None:
-            num_best = batch.num_logprobs[wants]
-            pending.logprobs_rows, pending.num_logprobs = wants.tolist(), num_best.tolist()
-            logprobs = compute_logprobs(raw, token_ids[wants_rows], int(num_best.max()))
-            pending.logprobs = pending.copies.copy_logprobs(logprobs)
+        if raw is None:
+            return token_ids, None, ([], [])
+        num_best = batch.num_logprobs[wants]
+        logprobs = compute_logprobs(raw, token_ids[wants_rows], int(num_best.max()))
+        return token_ids, logprobs, (wants.tolist(), num_best.tolist())
+
+    @torch.inference_mode()
+    def idle(self) -> bool:
+        """Capture one missing graph of a step of decodes; returns whether there are more. For moments without work."""
+        graphs, feed = self._graphs, self._batch.feed
+        if graphs is None or feed is None or graphs.failed:
+            return False
+        missing = [size for size in self._buckets if ("decode", size, "") not in graphs]
+        if not missing:
+            return False
+        bucket = missing[0]
+        feed.send({}, padded_to=bucket)
+        for key, work in (
+            (("decode", bucket, ""), lambda: self._decode(bucket)),
+            (("sample", bucket, "greedy"), lambda: self._draw(self._logits[:bucket], bucket, "greedy")),
+        ):
+            work()  # on padding rows, which leave nothing behind
+            if key not in graphs:
+                graphs.capture(key, work)
+        return len(missing) > 1
 
     def warm_up(self, num_tokens: int = 64) -> None:
-        """One prefill of num_tokens (at most the context less one) and one decode, on the scratch page."""
-        length = max(1, min(num_tokens, self._max_model_len - 1))
-        num_blocks = -(-(length + 1) // self._block_size)
-        row = NewRow(
-            slot=0,
+        """Run every kind of step once, on the scratch page: what is compiled or set up at first use is ready then.
+
+        num_tokens: of the prompts (at most the context less one).
+        """
+        length = max(2, min(num_tokens, self._max_model_len - 1))
+        head = length // 2
+        row = self._scratch_row(0, length)
+        steps = [
+            _scratch_step([row], [(0, 0, head)], sampled=[]),
+            _scratch_step([], [(0, head, length - head)], sampled=[0]),
+            _scratch_step([], [(0, length, 1)], sampled=[0]),
+        ]
+        if self._batch.feed is not None and self._num_slots > 1:
+            other = self._scratch_row(1, length)
+            steps.append(_scratch_step([other], [(0, length + 1, 1), (1, 0, length)], sampled=[0, 1]))
+        for step in [*steps, SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=[0])]:
+            self.launch(step)
+            self.sample(None).wait()
+        self._warm_up_decodes()
+
+    @torch.inference_mode()
+    def _warm_up_decodes(self) -> None:
+        """Every bucket, on padding rows, which leave nothing behind; every form of sampling."""
+        if self._batch.feed is None:
+            return
+        for bucket in self._buckets:
+            self._batch.feed.send({}, padded_to=bucket)
+            self._decode(bucket)
+            self._ran.add(("decode", bucket, ""))
+            for mode in ("greedy", "random", "filtered"):
+                self._draw(self._logits[:bucket], bucket, mode)
+                self._ran.add(("sample", bucket, mode))
+
+    def profile(self, num_tokens: int) -> int:
+        """Bytes that a step of num_tokens takes beside weights and pages, measured on the scratch page. GPU only."""
+        length = min(num_tokens, self._max_model_len - 1)
+        counts = [length] * min(num_tokens // length, self._num_slots)
+        if len(counts) < self._num_slots and (rest := num_tokens - sum(counts)):
+            counts.append(rest)
+        rows = [self._scratch_row(slot, count) for slot, count in enumerate(counts)]
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        spans = [(slot, 0, count) for slot, count in enumerate(counts)]
+        for step in (
+            _scratch_step(rows, spans, sampled=list(range(len(rows)))),
+            SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=list(range(len(rows)))),
+        ):
+            self.launch(step)
+            self.sample(None).wait()
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.empty_cache()
+        return int(peak - before)
+
+    def _scratch_row(self, slot: int, length: int) -> NewRow:
+        """A row of `length` tokens whose table, one token longer than it needs, names the scratch page alone."""
+        num_blocks = min(-(-(length + 2) // self._block_size), -(-self._max_model_len // self._block_size))
+        return NewRow(
+            slot=slot,
             token_ids=np.zeros(length, dtype=np.int32),
             num_prompt_tokens=length,
             num_computed_tokens=0,
@@ -265,10 +476,26 @@ class ModelRunner:
             seed=0,
             block_ids=tuple([SCRATCH_BLOCK_ID] * num_blocks for _ in range(self._num_groups)),
         )
-        prefill = SchedulerOutput(
-            _WARM_UP_STEP_ID, new_rows=[row], slots=[0], start_positions=[0], num_tokens=[length], sampled_rows=[0]
-        )
-        decode = SchedulerOutput(_WARM_UP_STEP_ID, slots=[0], start_positions=[length], num_tokens=[1], sampled_rows=[0])
-        for step in (prefill, decode, SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=[0])):
-            self.launch(step)
-            self.sample(None).wait()
+
+
+def _scratch_step(rows: list[NewRow], spans: list[tuple[int, int, int]], sampled: list[int]) -> SchedulerOutput:
+    """A step over (slot, first position, number of tokens)."""
+    return SchedulerOutput(
+        _WARM_UP_STEP_ID,
+        new_rows=rows,
+        slots=[slot for slot, _, _ in spans],
+        start_positions=[start for _, start, _ in spans],
+        num_tokens=[count for _, _, count in spans],
+        sampled_rows=sampled,
+    )
+
+
+def _is_decodes_alone(step: SchedulerOutput) -> bool:
+    """Whether every row has one token, is sampled, and wants nothing else."""
+    return (
+        bool(step.slots)
+        and step.total_num_tokens == len(step.slots)
+        and len(step.sampled_rows) == len(step.slots)
+        and not step.forks
+        and not step.prompt_logprobs_rows
+    )

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from engine.input_batch import FloatArray, IntArray, SamplingBatch, SeedArray, to_device
+from engine.input_batch import FloatArray, IntArray, SamplingBatch, SeedArray
 from engine.philox import WORD_MASK, token_noise, token_noise_on_host
+from engine.step_feed import to_device
 
 NOISE_RANGE = 26.1
 """-log E of a 32-bit uniform lies in [-2.82, 22.88] (philox.log_exponential): a token this far below the best cannot win."""

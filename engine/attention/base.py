@@ -77,6 +77,16 @@ class AttentionBackend(Protocol):
     name: ClassVar[str]
     graphs: ClassVar[bool]
 
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        groups: Sequence[KVGroupSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        **own: Any,
+    ) -> None: ...
+
     def allocate(self, num_blocks: Sequence[int]) -> None:
         """Allocate zeroed pages: num_blocks[g] usable ids 1 .. num_blocks[g] for group g, and scratch page 0."""
 
@@ -96,6 +106,41 @@ class AttentionBackend(Protocol):
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy whole pages: (group, source id, target id), all layers of the group."""
+
+
+class FusedRotation(Protocol):
+    """A fused layer as the backend sees it: how its merged q, k and v become rotated, with k and v in their pages."""
+
+    @property
+    def index(self) -> int: ...
+
+    def rotate(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        token_slots: torch.Tensor,
+        table: torch.Tensor,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> None: ...
+
+
+class FusedAttentionBackend(AttentionBackend, Protocol):
+    """A backend that the fused decoder can use: writing and attending are two calls."""
+
+    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, metadata: Any) -> None:
+        """The step's merged q, k, v [T, (H + 2K) * D] of one layer, rotated in place; k and v also go to their pages."""
+
+    def attend(
+        self,
+        layer_index: int,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        metadata: Any,
+        sinks_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, with the step's keys and values in their pages already."""
 
 
 def group_layers(layers: Sequence[LayerSpec], block_size: int, bytes_per_element: int) -> tuple[KVGroupSpec, ...]:
