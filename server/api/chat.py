@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,11 +19,12 @@ from engine.errors import InvalidRequest
 from engine.sampling_params import MAX_LOGPROBS
 from engine.tokenizer import Tokenizer
 from server.api.body import RequestBody, json_type, read_json_object, validate, without_nulls
-from server.api.generation import Generation, Prompt, Usage, in_thread_if_long, unless_disconnected
+from server.api.generation import Generation, Prompt, Usage, in_thread_if_long
 from server.api.logprobs import ChatLogprobs, chat_logprobs
 from server.api.sampling import GenerationRequest, Integer, check_vocabulary, output_limit
+from server.disconnect import unless_disconnected
 from server.errors import error_event_body
-from server.sse import DONE, EventStream, event
+from server.sse import DONE, EventStream, EventTemplate, event
 from server.state import ServerState
 
 _CONTENT_SCHEMA = {
@@ -158,7 +159,7 @@ def router(state: ServerState) -> APIRouter:
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
             return EventStream(answer.events(), headers=headers, on_close=answer.generation.close)
-        content = await unless_disconnected(request, answer.whole())
+        content = await unless_disconnected(request.receive, answer.whole())
         return Response(content, headers=headers, media_type="application/json")
 
     return routes
@@ -200,6 +201,7 @@ class _Answer:
         self._model = model
         self._tokenizer = tokenizer
         self._include_usage = body.include_usage
+        self._plain_events: dict[int, EventTemplate] = {}
         self.generation: Generation
 
     @classmethod
@@ -216,7 +218,7 @@ class _Answer:
         sampling = body.sampling_params(ready, max_tokens=limit, logprobs=num_logprobs)
         answer = cls(body, model, tokenizer)
         start = Generation.start(state, answer._id, [Prompt(token_ids, None, sampling)], body, arrival)
-        answer.generation = await unless_disconnected(request, start)
+        answer.generation = await unless_disconnected(request.receive, start)
         return answer
 
     async def whole(self) -> bytes:
@@ -243,40 +245,40 @@ class _Answer:
         )
         return msgspec.json.encode(completion)
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, each choice's role first; an error on the way becomes an event too."""
-        usage = None if self._include_usage else msgspec.UNSET
-        chunk = ChatChunk(id=self._id, created=self._created, model=self._model, choices=[], usage=usage)
-        encode = msgspec.json.Encoder().encode
-        begun: set[int] = set()
         try:
             async for _, deltas in self.generation.deltas():
-                events = []
-                for delta in deltas:
-                    for choice in self._chunk_choices(delta, begun):
-                        chunk.choices = [choice]
-                        events.append(event(encode(chunk)))
-                if events:
-                    yield b"".join(events)
+                if chunk := b"".join([self._event(delta) for delta in deltas]):
+                    yield chunk
             if self._include_usage:
-                chunk.choices, chunk.usage = [], self.generation.usage()
-                yield event(encode(chunk))
+                yield event(msgspec.json.encode(self._chunk([], self.generation.usage())))
         except Exception as error:
             yield event(error_event_body(error))
         finally:
             self.generation.close()
         yield DONE
 
-    def _chunk_choices(self, delta: ChoiceDelta, begun: set[int]) -> list[ChunkChoice]:
-        choices = []
-        if delta.choice_index not in begun:
-            begun.add(delta.choice_index)
-            choices.append(ChunkChoice(delta.choice_index, Delta(role="assistant", content=""), None, None))
+    def _event(self, delta: ChoiceDelta) -> bytes:
+        """One delta's event, after that of the role where it is the choice's first; empty where there is nothing to say."""
+        index, begin = delta.choice_index, b""
+        plain = self._plain_events.get(index)
+        if plain is None:
+            plain = EventTemplate(self._encode_chunk(ChunkChoice(index, Delta(content=""), None, None)), "content")
+            self._plain_events[index] = plain
+            begin = event(self._encode_chunk(ChunkChoice(index, Delta(role="assistant", content=""), None, None)))
+        if delta.logprobs is None and delta.finish_reason is None:
+            return begin + plain.fill(delta.text) if delta.text else begin
         logprobs = self._logprobs(delta)
-        if delta.text or logprobs is not None or delta.finish_reason is not None:
-            content = Delta(content=delta.text) if delta.text or logprobs is not None else Delta()
-            choices.append(ChunkChoice(delta.choice_index, content, logprobs, delta.finish_reason, delta.stop_reason))
-        return choices
+        content = Delta(content=delta.text) if delta.text or logprobs is not None else Delta()
+        choice = ChunkChoice(index, content, logprobs, delta.finish_reason, delta.stop_reason)
+        return begin + event(self._encode_chunk(choice))
+
+    def _encode_chunk(self, choice: ChunkChoice) -> bytes:
+        return msgspec.json.encode(self._chunk([choice], None if self._include_usage else msgspec.UNSET))
+
+    def _chunk(self, choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> ChatChunk:
+        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:
         return None if delta.logprobs is None else chat_logprobs(self._tokenizer, delta.token_ids, delta.logprobs)

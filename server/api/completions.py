@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -20,11 +20,12 @@ from engine.messages import EngineReady, TokenLogprobs
 from engine.sampling_params import MAX_LOGPROBS
 from engine.tokenizer import Tokenizer
 from server.api.body import json_type, read_json_object, validate
-from server.api.generation import Generation, Prompt, Usage, in_thread_if_long, unless_disconnected
+from server.api.generation import Generation, Prompt, Usage, in_thread_if_long
 from server.api.logprobs import LegacyLogprobs, LegacyLogprobsBuilder
 from server.api.sampling import GenerationRequest, Integer, check_vocabulary, output_limit
+from server.disconnect import unless_disconnected
 from server.errors import error_event_body
-from server.sse import DONE, EventStream, event
+from server.sse import DONE, EventStream, EventTemplate, event
 from server.state import ServerState
 
 DEFAULT_MAX_TOKENS = 16
@@ -84,7 +85,7 @@ def router(state: ServerState) -> APIRouter:
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
             return EventStream(answer.events(), headers=headers, on_close=answer.generation.close)
-        content = await unless_disconnected(request, answer.whole())
+        content = await unless_disconnected(request.receive, answer.whole())
         return Response(content, headers=headers, media_type="application/json")
 
     return routes
@@ -138,6 +139,7 @@ class _Answer:
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._include_usage = body.include_usage
+        self._plain_events: dict[int, EventTemplate] = {}
         self._logprobs: dict[int, LegacyLogprobsBuilder] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
         self.generation: Generation
@@ -161,7 +163,7 @@ class _Answer:
             prompts.append(Prompt(token_ids, text, sampling))
         answer = cls(body, model, tokenizer, prompts)
         start = Generation.start(state, answer._id, prompts, body, arrival)
-        answer.generation = await unless_disconnected(request, start)
+        answer.generation = await unless_disconnected(request.receive, start)
         return answer
 
     async def whole(self) -> bytes:
@@ -184,29 +186,36 @@ class _Answer:
         ordered = [choices[index] for index in sorted(choices)]
         return msgspec.json.encode(self._envelope(ordered, self.generation.usage()))
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; an error on the way becomes an event too."""
-        usage = None if self._include_usage else msgspec.UNSET
-        chunk = self._envelope([], usage)
-        encode = msgspec.json.Encoder().encode
         try:
             async for prompt_index, deltas in self.generation.deltas():
-                events = []
-                for delta in deltas:
-                    choice = self._choice(prompt_index, delta)
-                    if choice.text or choice.logprobs is not None or choice.finish_reason is not None:
-                        chunk.choices = [choice]
-                        events.append(event(encode(chunk)))
-                if events:
-                    yield b"".join(events)
+                if chunk := b"".join([self._event(prompt_index, delta) for delta in deltas]):
+                    yield chunk
             if self._include_usage:
-                chunk.choices, chunk.usage = [], self.generation.usage()
-                yield event(encode(chunk))
+                yield event(msgspec.json.encode(self._envelope([], self.generation.usage())))
         except Exception as error:
             yield event(error_event_body(error))
         finally:
             self.generation.close()
         yield DONE
+
+    def _event(self, prompt_index: int, delta: ChoiceDelta) -> bytes:
+        """One delta's event; empty where there is nothing to say."""
+        index = prompt_index * self.body.n + delta.choice_index
+        plain = self._plain_events.get(index)
+        if plain is not None and delta.logprobs is None and delta.finish_reason is None:
+            return plain.fill(delta.text) if delta.text else b""
+        if plain is None:
+            data = self._encode_chunk(CompletionChoice(index, "", None, None))
+            self._plain_events[index] = EventTemplate(data, "text")
+        choice = self._choice(prompt_index, delta)
+        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
+            return b""
+        return event(self._encode_chunk(choice))
+
+    def _encode_chunk(self, choice: CompletionChoice) -> bytes:
+        return msgspec.json.encode(self._envelope([choice], None if self._include_usage else msgspec.UNSET))
 
     def _envelope(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)

@@ -9,12 +9,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from starlette.requests import Request
 
 from engine.client import ChoiceDelta, RequestStream
 from engine.sampling_params import SamplingParams
 from server.api.sampling import GenerationRequest
-from server.errors import ClientDisconnected
 from server.metrics import Metrics
 from server.state import ServerState
 
@@ -49,29 +47,6 @@ async def in_thread_if_long(num_chars: int, function: Callable[[], Result]) -> R
     return await asyncio.to_thread(function) if num_chars > LONG_TEXT_CHARS else function()
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled when the client goes away first. Raises ClientDisconnected then.
-
-    The body must have been read already: from here on the server has nothing more to deliver than the disconnect.
-    """
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnected
-        return task.result()
-    finally:
-        for pending in (task, watcher):
-            pending.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 class Generation:
     """The engine requests of one HTTP request, one a prompt; made by `start` once the engine has accepted all of them."""
 
@@ -97,29 +72,18 @@ class Generation:
         """Raises the engine's refusal of any of the prompts; then none of them is left running."""
         generation = cls(request_id, state.metrics, arrival)
         stop = body.stop_strings()
-        # All at once: the engine answers between two steps, and a step a prompt would be long.
-        answers = [
-            asyncio.create_task(
-                state.client.generate(
-                    prompt.token_ids,
-                    prompt.sampling,
-                    stop=stop,
-                    include_stop_str_in_output=body.include_stop_str_in_output,
-                    skip_special_tokens=body.skip_special_tokens,
-                    cache_salt=body.cache_salt,
-                )
+        requests = [
+            state.client.generate(
+                prompt.token_ids,
+                prompt.sampling,
+                stop=stop,
+                include_stop_str_in_output=body.include_stop_str_in_output,
+                skip_special_tokens=body.skip_special_tokens,
+                cache_salt=body.cache_salt,
             )
             for prompt in prompts
         ]
-        try:
-            generation._streams = list(await asyncio.gather(*answers))
-        except BaseException:
-            for answer in answers:
-                answer.cancel()
-            for result in await asyncio.gather(*answers, return_exceptions=True):
-                if not isinstance(result, BaseException):
-                    result.abort()
-            raise
+        generation._streams = [await requests[0]] if len(requests) == 1 else await _all_or_none(requests)
         generation._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         generation._num_choices = sum(prompt.sampling.n for prompt in prompts)
         return generation
@@ -127,6 +91,11 @@ class Generation:
     async def deltas(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
         """(prompt index, what has arrived) until every choice of every prompt has finished. Raises RequestFailed."""
         try:
+            if len(self._streams) == 1:
+                async for deltas in self._streams[0]:
+                    self._observe(0, deltas)
+                    yield 0, deltas
+                return
             async for prompt_index, deltas in _merged(self._streams):
                 self._observe(prompt_index, deltas)
                 yield prompt_index, deltas
@@ -185,11 +154,24 @@ class Generation:
                 self._metrics.observe_inter_token(now - previous)
 
 
+async def _all_or_none(requests: Sequence[Coroutine[Any, Any, RequestStream]]) -> list[RequestStream]:
+    """The streams of all requests; where one is refused, the others are aborted. Raises the refusal.
+
+    All at once: the engine answers between two steps, and a step a prompt would be long.
+    """
+    answers = [asyncio.create_task(request) for request in requests]
+    try:
+        return list(await asyncio.gather(*answers))
+    except BaseException:
+        for answer in answers:
+            answer.cancel()
+        for result in await asyncio.gather(*answers, return_exceptions=True):
+            if not isinstance(result, BaseException):
+                result.abort()
+        raise
+
+
 async def _merged(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
-    if len(streams) == 1:
-        async for deltas in streams[0]:
-            yield 0, deltas
-        return
     queue: asyncio.Queue[tuple[int, list[ChoiceDelta] | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: RequestStream) -> None:
