@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 
 import msgspec
 
-from engine.errors import ContextLengthExceeded, InvalidRequest
+from engine.errors import ContextLengthExceeded, InvalidRequest, OutOfDeviceMemory
 from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.request import Request
 from engine.sampling_params import choice_seed
 from engine.scheduler import Scheduler
 from engine.step import PendingOutput, Runner
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -59,11 +62,11 @@ class EngineCore:
         sampling, num_prompt = message.sampling, len(message.prompt_token_ids)
         if num_prompt == 0:
             raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
-        out_of_range = [t for t in message.prompt_token_ids if not 0 <= t < self._vocab_size]
-        if out_of_range:
-            raise InvalidRequest(
-                f"the prompt has token id {out_of_range[0]}, allowed are 0 to {self._vocab_size - 1}", param="prompt"
-            )
+        for token_id in (min(message.prompt_token_ids), max(message.prompt_token_ids)):
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequest(
+                    f"the prompt has token id {token_id}, allowed are 0 to {self._vocab_size - 1}", param="prompt"
+                )
         for param, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             for token_id in token_ids:
                 if not 0 <= token_id < self._vocab_size:
@@ -98,15 +101,24 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Plan and launch one step, and take the result of the oldest one that is due. Returns what became known."""
         started = time.monotonic()
+        outputs: list[RequestOutput] = []
         plan = self._scheduler.schedule()
         if plan is not None:
-            self._runner.launch(plan)
-            self._in_flight.append(self._runner.sample(None))
-        outputs: list[RequestOutput] = []
+            try:
+                self._runner.launch(plan)
+                self._in_flight.append(self._runner.sample(None))
+            except OutOfDeviceMemory as error:
+                logger.warning("out of memory: %s", error.message)
+                outputs += self._scheduler.roll_back()
+                plan = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._pipeline_depth):
-            outputs = self._scheduler.update(self._in_flight.popleft().wait())
+            outputs += self._scheduler.update(self._in_flight.popleft().wait())
         self._step_seconds += time.monotonic() - started
         return outputs
+
+    def idle(self) -> bool:
+        """Let the runner do a piece of work that can wait; for moments without requests. Returns whether there is more."""
+        return self._runner.idle()
 
     def stats(self) -> EngineStats:
         """The scheduler's gauges and counters with the time spent in steps."""

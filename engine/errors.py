@@ -7,6 +7,7 @@ OctavoError
 ├── ModelNotFound             the request names a model that is not served (404)
 ├── ModelNotSupported         the engine cannot run this model exactly, so it refuses to load it
 ├── ModelLoadError            the model should work but its files could not be had or read
+├── OutOfDeviceMemory         one step did not fit beside what the device holds; never leaves the engine
 ├── EngineUnavailable         the engine is starting, stopping or gone (503)
 └── RequestFailed             the engine gave up on one request (500)
 """
@@ -56,6 +57,10 @@ class ModelLoadError(OctavoError):
     """The model's files could not be fetched, read or converted; the message gives the remedy."""
 
 
+class OutOfDeviceMemory(OctavoError):
+    """The device had no memory for a step. The engine goes on with less; see `Scheduler.roll_back`."""
+
+
 class EngineUnavailable(OctavoError):
     """The engine cannot take requests now: it is starting, stopping or has died."""
 
@@ -78,6 +83,7 @@ ERROR_CLASSES: dict[str, type[OctavoError]] = {
         ModelNotFound,
         ModelNotSupported,
         ModelLoadError,
+        OutOfDeviceMemory,
         EngineUnavailable,
         RequestFailed,
     )

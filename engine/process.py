@@ -42,6 +42,8 @@ Report = Callable[[str, str, float | None], None]
 BuildEngine = Callable[[EngineConfig, Report], tuple[EngineCore, EngineReady]]
 
 IDLE_POLL_MS = 1000
+# A client that sends its next request as soon as it has an answer does not find the engine at other work.
+QUIET_MS = 10
 STATS_INTERVAL_S = 0.25
 
 
@@ -97,6 +99,7 @@ class EngineLoop:
         self._socket = socket
         self._epoch = epoch
         self._stopping = False
+        self._idle_poll_ms = 0
         self._stats_sent_s = 0.0
 
     def run(self) -> None:
@@ -104,11 +107,17 @@ class EngineLoop:
             self.turn()
 
     def turn(self) -> None:
-        """Take what has arrived, make a step if there is work, and send what became known."""
+        """Take what has arrived, make a step if there is work, and send what became known. Without work the runner may use the
+        time, a piece a turn, so that a request waits for one piece at most."""
         was_busy = self._core.has_work
-        for message in self._socket.receive(0 if was_busy else IDLE_POLL_MS):
+        for message in self._socket.receive(0 if was_busy else self._idle_poll_ms):
             self._handle(message)
-        outputs = self._core.step() if self._core.has_work else []
+        outputs: list[RequestOutput] = []
+        if self._core.has_work:
+            outputs = self._core.step()
+            self._idle_poll_ms = QUIET_MS
+        else:
+            self._idle_poll_ms = 0 if self._core.idle() else IDLE_POLL_MS
         now = time.monotonic()
         if outputs or was_busy != self._core.has_work or now - self._stats_sent_s >= STATS_INTERVAL_S:
             self._send(outputs, with_stats=now - self._stats_sent_s >= STATS_INTERVAL_S or not self._core.has_work)

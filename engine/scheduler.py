@@ -16,8 +16,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from engine.errors import RequestFailed
 from engine.kv_cache_manager import KVCacheManager, PrefixHit
-from engine.messages import EngineStats, RequestOutput, TokenLogprobs
+from engine.messages import EngineStats, ErrorInfo, RequestOutput, TokenLogprobs
 from engine.request import FinishReason, Request, RequestStatus
 from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
 
@@ -75,6 +76,11 @@ class Scheduler:
         self._freed_slots: list[int] = []
         self._in_flight: deque[_InFlightStep] = deque()
         self._num_steps = 0
+        # After a step did not fit in the device's memory: the size of the next ones, whether the next may admit, and the
+        # requests that gave up their place for it and have had no token since.
+        self._token_limit = max_num_batched_tokens
+        self._admits = True
+        self._did_not_fit: set[Request] = set()
         self._counts = dict.fromkeys(
             (
                 "computed_tokens",
@@ -94,6 +100,7 @@ class Scheduler:
         output from an earlier engine each go their own way."""
         now = time.monotonic()
         for request in choices:
+            assert request.max_total_tokens <= self.max_model_len, "the core refuses longer ones"
             request.arrival_time_s = now
         self._by_id[choices[0].request_id] = list(choices)
         head, rest = choices[0], choices[1:]
@@ -127,8 +134,9 @@ class Scheduler:
         budget = self._prefill_budget(num_decodes=len(flight.rows))
         for request in prefills:
             budget -= self._plan_chunk(flight, request, budget)
-        if self._counts["preemptions"] == num_preemptions:
+        if self._admits and self._counts["preemptions"] == num_preemptions:
             self._admit_waiting(flight, budget)
+        self._admits = True
         step = flight.step
         if not step.slots:
             return None
@@ -173,7 +181,7 @@ class Scheduler:
         max_num_batched_tokens. With 256, 2,048 and 8,192 of these: 2,048 from 32 decodes on, 4,096 with 16, 8,192 with 8.
         The step's total is a whole number of tiles, because a matrix product computes whole tiles anyway.
         """
-        total = self.max_num_batched_tokens
+        total = self._token_limit
         if num_decodes:
             many = max(1, self.max_num_seqs // 8)
             total = min(total, self.max_num_mixed_tokens * many // min(num_decodes, many))
@@ -331,6 +339,61 @@ class Scheduler:
         self._freed_slots.append(request.slot)
         request.slot = -1
 
+    # -- a step that did not fit -----------------------------------------------------------------------------------
+
+    def roll_back(self) -> list[RequestOutput]:
+        """Take back the step that `schedule` returned last, because the device has no memory for it.
+
+        Its youngest prompt (or youngest decode) gives up its place, the next step admits nothing, and steps are half as large
+        until they have grown back. A request to which this happens again before it has a token, and not for another prompt in
+        its step, ends with an error.
+        """
+        flight = self._in_flight.pop()
+        self._undo(flight)
+        num_tokens = flight.step.total_num_tokens
+        self._token_limit = max(self.max_num_seqs, num_tokens // 2)
+        self._admits = False
+        prompts = {r for r, count in zip(flight.rows, flight.step.num_tokens, strict=True) if count > 1}
+        candidates = prompts or set(flight.rows)
+        victim = next(request for request in reversed(self._running) if request in candidates)
+        if victim in self._did_not_fit and len(prompts) <= 1:
+            return [self._fail(victim, num_tokens)]
+        self._did_not_fit.add(victim)
+        self._preempt(victim)
+        return []
+
+    def _undo(self, flight: _InFlightStep) -> None:
+        """Everything as before the step, but that its new rows have their slots and pages already."""
+        step = flight.step
+        for fork, child in zip(step.forks, flight.forked, strict=True):
+            child.num_inflight_steps -= 1
+            child.num_tokens_ahead -= 1
+            self._leave_slot(child)
+            child.num_computed_tokens = 0
+            child.status = RequestStatus.PENDING_FORK
+            flight.rows[fork.parent_row].pending_forks.append(child)
+        for request, start in zip(flight.rows, step.start_positions, strict=True):
+            request.num_computed_tokens = start
+            request.num_inflight_steps -= 1
+        for request in flight.sampled:
+            request.num_tokens_ahead -= 1
+        self._counts["computed_tokens"] -= step.total_num_tokens
+
+    def _fail(self, request: Request, num_step_tokens: int) -> RequestOutput:
+        """End a request, all its choices, for want of memory."""
+        sentence = (
+            f"the device ran out of memory twice in a row with this request ({request.num_tokens} tokens, in a step of "
+            f"{num_step_tokens}); the server takes larger ones with a lower gpu_memory_utilization"
+        )
+        self.abort(request.request_id)
+        return RequestOutput(
+            request_id=request.request_id,
+            choice_index=request.choice_index,
+            first_token_index=request.num_output_tokens,
+            finish_reason="error",
+            error=ErrorInfo.of(RequestFailed(sentence)),
+        )
+
     # -- take a step's result ---------------------------------------------------------------------------------------
 
     def update(self, result: ModelRunnerOutput) -> list[RequestOutput]:
@@ -347,6 +410,10 @@ class Scheduler:
             if request.status is not _FINISHED:  # else it ended or was aborted while this step was in flight
                 outputs.append(self._take_token(request, token_id, logprobs))
         self._counts["generation_tokens"] += len(outputs) - num_silent
+        if self._token_limit < self.max_num_batched_tokens:
+            self._token_limit = min(self.max_num_batched_tokens, self._token_limit + self._token_limit // 64 + 1)
+        if self._did_not_fit:
+            self._did_not_fit.difference_update(sampled)
         return outputs
 
     def _take_chunks(self, flight: _InFlightStep) -> list[RequestOutput]:
@@ -425,6 +492,7 @@ class Scheduler:
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
         request.status = RequestStatus.FINISHED
+        self._did_not_fit.discard(request)
         siblings = self._by_id[request.request_id]
         siblings.remove(request)
         if not siblings:

@@ -119,8 +119,16 @@ class PendingOutput(Protocol):
 
 
 class Runner(Protocol):
-    """The device side as the core sees it: the real ModelRunner, or a fake one in tests."""
+    """The device side as the core sees it: the real ModelRunner, or a fake one in tests.
+
+    `launch` and `sample` raise OutOfDeviceMemory where a step does not fit. Its slots are then as the step says (freed, filled
+    and extended, forks too), but nothing was sampled or counted: the same positions may be computed again.
+    `idle` does a piece of work that can wait for a moment without requests (a pause of at most 50 ms), and says whether there
+    is more.
+    """
 
     def launch(self, step: SchedulerOutput) -> None: ...
 
     def sample(self, masks: HostMasks | None) -> PendingOutput: ...
+
+    def idle(self) -> bool: ...

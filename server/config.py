@@ -107,6 +107,7 @@ class ServerConfig(BaseModel):
     num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine; default: the cores it may use")
     max_num_seqs: Count | None = _setting(None, "engine", "most sequences in one step")
     max_num_batched_tokens: Count | None = _setting(None, "engine", "most tokens in one step")
+    max_num_mixed_tokens: Count | None = _setting(None, "engine", "most tokens in one step while many sequences decode")
 
     block_size: Count = _setting(16, "KV cache", "tokens in one page, a power of two")
     enable_prefix_caching: bool = _setting(True, "KV cache", "reuse the pages of equal prompt beginnings")

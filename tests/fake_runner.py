@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from engine.errors import OutOfDeviceMemory
 from engine.messages import TokenLogprobs
 from engine.step import SCRATCH_BLOCK_ID, HostMasks, KVGroupSpec, ModelRunnerOutput, NewRow, SchedulerOutput
 
@@ -48,28 +49,56 @@ class _Pending:
 
 @dataclass
 class FakeRunner:
-    """Results are computed at launch and handed over at wait, as a device ahead of the host would."""
+    """Results are computed at launch and handed over at wait, as a device ahead of the host would.
+
+    out_of_memory: says of a step whether it does not fit, which `sample` tells instead of `launch` with fails_late.
+    idle_work: pieces of it that are left.
+    """
 
     groups: Sequence[KVGroupSpec]
     block_size: int
     num_computed: int = 0
     steps: list[SchedulerOutput] = field(default_factory=list)
+    out_of_memory: Callable[[SchedulerOutput], bool] = lambda step: False
+    fails_late: bool = False
+    idle_work: int = 0
 
     def __post_init__(self) -> None:
         self._pages: list[dict[tuple[int, int], int]] = [{} for _ in self.groups]
         self._slots: dict[int, _Slot] = {}
         self._results: deque[ModelRunnerOutput] = deque()
+        self._fits = True
 
     def launch(self, step: SchedulerOutput) -> None:
-        self.steps.append(step)
-        self.num_computed += step.total_num_tokens
+        self._apply(step)
+        self._fits = not self.out_of_memory(step)
+        if self._fits:
+            self._compute(step)
+        elif not self.fails_late:
+            raise OutOfDeviceMemory("a step does not fit")
+
+    def sample(self, masks: HostMasks | None) -> _Pending:
+        assert masks is None
+        if not self._fits:
+            raise OutOfDeviceMemory("sampling a step does not fit")
+        return _Pending(self._results.popleft())
+
+    def idle(self) -> bool:
+        self.idle_work = max(0, self.idle_work - 1)
+        return self.idle_work > 0
+
+    def _apply(self, step: SchedulerOutput) -> None:
         for slot in step.freed_slots:
             del self._slots[slot]
-        for row in step.new_rows:
+        for row in [*step.new_rows, *(fork.row for fork in step.forks)]:
             self._fill(row)
         for slot, ids in step.new_blocks:
             for table, new in zip(self._slots[slot].tables, ids, strict=True):
                 table.extend(new)
+
+    def _compute(self, step: SchedulerOutput) -> None:
+        self.steps.append(step)
+        self.num_computed += step.total_num_tokens
         for slot, start, count in zip(step.slots, step.start_positions, step.num_tokens, strict=True):
             self._write(self._slots[slot], start, count)
         tokens = [self._sample(self._slots[step.slots[row]], step, row) for row in step.sampled_rows]
@@ -78,17 +107,12 @@ class FakeRunner:
                 for offset in range(self.block_size):
                     if (source, offset) in self._pages[g]:
                         self._pages[g][target, offset] = self._pages[g][source, offset]
-            self._fill(fork.row)
             slot = self._slots[fork.row.slot]
             tokens.append(self._next(slot, len(slot.tokens)))
         self._results.append(ModelRunnerOutput(step.step_id, tokens, [None] * len(tokens), self._prompt_logprobs(step)))
         slots = [step.slots[row] for row in step.sampled_rows] + [fork.row.slot for fork in step.forks]
         for slot_id, token in zip(slots, tokens, strict=True):
             self._slots[slot_id].tokens.append(token)
-
-    def sample(self, masks: HostMasks | None) -> _Pending:
-        assert masks is None
-        return _Pending(self._results.popleft())
 
     def _fill(self, row: NewRow) -> None:
         assert row.slot not in self._slots, "a slot was filled twice"
