@@ -31,14 +31,20 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
-    """How a program works: block_n keys a tile, num_stages of the load pipeline (num_stages - 1 tiles are under way while
-    one is computed), ctas_per_sm programs meant to share a multiprocessor, waves: items wanted per program that fits."""
+    """How a program works: keys_per_warp of num_warps in a tile, num_stages of the load pipeline (num_stages - 1 tiles are
+    under way while one is computed), ctas_per_sm programs meant to share a multiprocessor, waves: items wanted per program
+    that fits."""
 
-    block_n: int
+    keys_per_warp: int
     num_warps: int
     num_stages: int
     ctas_per_sm: int
     waves: int
+
+    @property
+    def block_n(self) -> int:
+        """Keys a tile."""
+        return self.keys_per_warp * self.num_warps
 
 
 def decode_tiles(head_dim: int, block_size: int, element_bytes: int, shared_memory_bytes: int) -> DecodeTiles:
@@ -47,7 +53,7 @@ def decode_tiles(head_dim: int, block_size: int, element_bytes: int, shared_memo
     block_n = 64
     tile_bytes = 2 * block_n * triton_ceil_power(head_dim) * element_bytes
     stages = (shared_memory_bytes // ctas_per_sm - 4096) // tile_bytes + 1
-    return DecodeTiles(block_n, 4, max(1, min(stages, 4)), ctas_per_sm, 1)
+    return DecodeTiles(16, 4, max(1, min(stages, 4)), ctas_per_sm, 1)
 
 
 def triton_ceil_power(n: int) -> int:
@@ -173,6 +179,7 @@ def paged_decode_attention(
     assert seq_lens_B.shape == row_slots_B.shape == (num_rows,)
     assert q_BHD.stride(2) == out_BHD.stride(2) == 1 and k_pages.is_contiguous() and v_pages.is_contiguous()
     group = num_heads // num_kv_heads
+    split_heads = min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(group))
     while True:
         tiles = workspace.tiles
         try:
@@ -201,13 +208,14 @@ def paged_decode_attention(
                 GROUP_BLOCKS=workspace.head_blocks,
                 D=head_dim,
                 D_PAD=max(16, triton.next_power_of_2(head_dim)),
-                BLOCK_M=max(16, min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(group))),
-                BLOCK_N=tiles.block_n,
+                BLOCK_M=max(16, split_heads),
+                WARPS=tiles.num_warps,
+                KEYS=tiles.keys_per_warp,
                 BLOCK_SIZE=block_size,
                 FIELDS=ITEM_FIELDS,
                 STAGES=tiles.num_stages,
-                SPLITS=4 * tiles.num_warps,
-                SPLIT_HEADS=min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(group)),
+                SPLITS=max(1, 2048 * tiles.num_warps // (split_heads * triton.next_power_of_2(head_dim))),
+                SPLIT_HEADS=split_heads,
                 SOFTCAP=softcap is not None,
                 num_warps=tiles.num_warps,
             )
@@ -341,7 +349,8 @@ def _decode_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -349,10 +358,15 @@ def _decode_kernel(
     SPLIT_HEADS: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """One item of one key/value head. Heads run fastest over the grid, so that the heads of a page are read together."""
+    """One item of one key/value head. Heads run fastest over the grid, so that the heads of a page are read together.
+
+    Each warp has its own keys of a tile, sums and maxima ([WARPS, ...], a batched product): the warps meet once, at the
+    end of the item.
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    KV_HEADS: tl.constexpr = HEADS // GROUP
-    PAGE: tl.constexpr = KV_HEADS * BLOCK_SIZE * D
+    LOWEST: tl.constexpr = -1.0e30  # below any score, and finite: the difference of two is no NaN
+    PAGE: tl.constexpr = HEADS // GROUP * BLOCK_SIZE * D
+    BLOCK_N: tl.constexpr = WARPS * KEYS
     item = tl.program_id(1)
     item_ptr = items_ptr + item * FIELDS
     splits = tl.load(item_ptr + 5)
@@ -366,8 +380,13 @@ def _decode_kernel(
         return
 
     table_ptr += slot.to(tl.int64) * table_stride
-    keys = begin + tl.arange(0, BLOCK_N)
-    pages = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    lanes = (tl.arange(0, WARPS) * KEYS)[:, None] + tl.arange(0, KEYS)[None, :]
+    # A warp's keys lie in one page, or a page's id is asked for by each of its keys.
+    if KEYS <= BLOCK_SIZE:
+        page_keys = begin + (tl.arange(0, WARPS) * KEYS)[:, None]
+    else:
+        page_keys = begin + lanes
+    pages = tl.load(table_ptr + page_keys // BLOCK_SIZE, mask=page_keys < end, other=0)
 
     kv_head = tl.program_id(0) // GROUP_BLOCKS
     group_start = tl.program_id(0) % GROUP_BLOCKS * BLOCK_M
@@ -381,6 +400,7 @@ def _decode_kernel(
         mask=head_mask[:, None] & (d < D)[None, :],
         other=0.0,
     )
+    q = tl.broadcast_to(q[None, :, :], [WARPS, BLOCK_M, D_PAD])
     score_scale = scaling
     if k_scale_ptr is not None:
         score_scale *= tl.load(k_scale_ptr)
@@ -388,33 +408,38 @@ def _decode_kernel(
     k_ptr += kv_head * BLOCK_SIZE * D
     v_ptr += kv_head * BLOCK_SIZE * D
 
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    top = tl.full([WARPS, BLOCK_M], LOWEST, tl.float32)
+    weight = tl.zeros([WARPS, BLOCK_M], tl.float32)
+    acc = tl.zeros([WARPS, BLOCK_M, D_PAD], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        keys = start + tl.arange(0, BLOCK_N)
+        keys = start + lanes
         in_row = (keys >= visible) & (keys < end)
-        offsets = (pages.to(tl.int64) * PAGE + keys % BLOCK_SIZE * D)[:, None] + d[None, :]
-        mask = in_row[:, None] & (d < D)[None, :]
+        offsets = (pages.to(tl.int64) * PAGE + keys % BLOCK_SIZE * D)[:, :, None] + d[None, None, :]
+        mask = in_row[:, :, None] & (d < D)[None, None, :]
         # The ids of the next tile's pages: its loads then wait for nothing.
-        ahead = keys + BLOCK_N
-        pages = tl.load(table_ptr + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+        page_keys += BLOCK_N
+        pages = tl.load(table_ptr + page_keys // BLOCK_SIZE, mask=page_keys < end, other=0)
 
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        scores = tl.dot(q, tl.permute(k.to(q.dtype), (0, 2, 1)), input_precision="tf32x3")
         if SOFTCAP:
             doubled = scores * (score_scale * 2.0 * LOG2_E / softcap)
             scores = (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(doubled)))
         else:
             scores *= score_scale * LOG2_E
-        scores = tl.where(in_row[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        probabilities = tl.exp2(scores - new_top[:, None])
+        scores = tl.where(in_row[:, None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=2))
+        probabilities = tl.exp2(scores - new_top[:, :, None])
         shrink = tl.exp2(top - new_top)
-        weight = weight * shrink + tl.sum(probabilities, axis=1)
+        weight = weight * shrink + tl.sum(probabilities, axis=2)
         top = new_top
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
-        acc = tl.dot(probabilities.to(q.dtype), v.to(q.dtype), acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(probabilities.to(q.dtype), v.to(q.dtype), acc * shrink[:, :, None], input_precision="tf32x3")
+
+    item_top = tl.max(top, axis=0)
+    shrink = tl.exp2(top - item_top[None, :])
+    item_weight = tl.sum(weight * shrink, axis=0)
+    item_acc = tl.sum(acc * shrink[:, :, None], axis=0)
 
     value_scale = 1.0
     if v_scale_ptr is not None:
@@ -422,21 +447,21 @@ def _decode_kernel(
     if splits == 1:
         if sinks_ptr is not None:
             sinks = tl.load(sinks_ptr + heads, mask=head_mask, other=0.0).to(tl.float32) * LOG2_E
-            new_top = tl.maximum(top, sinks)
-            shrink = tl.exp2(top - new_top)
-            weight = weight * shrink + tl.exp2(sinks - new_top)
-            acc *= shrink[:, None]
-        acc *= (value_scale / tl.where(weight == 0.0, 1.0, weight))[:, None]
+            full_top = tl.maximum(item_top, sinks)
+            rescale = tl.exp2(item_top - full_top)
+            item_weight = item_weight * rescale + tl.exp2(sinks - full_top)
+            item_acc *= rescale[:, None]
+        item_acc *= (value_scale / tl.where(item_weight == 0.0, 1.0, item_weight))[:, None]
         tl.store(
             out_ptr + row64 * out_stride_b + heads[:, None] * out_stride_h + d[None, :],
-            acc.to(out_ptr.dtype.element_ty),
+            item_acc.to(out_ptr.dtype.element_ty),
             mask=head_mask[:, None] & (d < D)[None, :],
         )
     else:
         part = (item * HEADS + heads).to(tl.int64)
-        tl.store(partials_ptr + part[:, None] * D + d[None, :], acc, mask=head_mask[:, None] & (d < D)[None, :])
-        tl.store(stats_ptr + part * 2, top, mask=head_mask)
-        tl.store(stats_ptr + part * 2 + 1, weight, mask=head_mask)
+        tl.store(partials_ptr + part[:, None] * D + d[None, :], item_acc, mask=head_mask[:, None] & (d < D)[None, :])
+        tl.store(stats_ptr + part * 2, item_top, mask=head_mask)
+        tl.store(stats_ptr + part * 2 + 1, item_weight, mask=head_mask)
         # All threads' stores come before the count, and the last program's loads after it.
         tl.debug_barrier()
         counter_ptr = counters_ptr + row * tl.num_programs(0) + tl.program_id(0)
@@ -446,7 +471,7 @@ def _decode_kernel(
             heads_G = group_start + tl.arange(0, SPLIT_HEADS)
             mask_G = heads_G < GROUP
             heads_G = kv_head * GROUP + heads_G
-            top_G = tl.full([SPLIT_HEADS], float("-inf"), tl.float32)
+            top_G = tl.full([SPLIT_HEADS], LOWEST, tl.float32)
             weight_G = tl.zeros([SPLIT_HEADS], tl.float32)
             if sinks_ptr is not None:
                 top_G = tl.load(sinks_ptr + heads_G, mask=mask_G, other=0.0).to(tl.float32) * LOG2_E
@@ -456,7 +481,7 @@ def _decode_kernel(
                 split = first + tl.arange(0, SPLITS)
                 mask_SG = (split < splits)[:, None] & mask_G[None, :]
                 part_SG = ((first_item + split) * HEADS)[:, None].to(tl.int64) + heads_G[None, :]
-                top_SG = tl.load(stats_ptr + part_SG * 2, mask=mask_SG, other=float("-inf"), cache_modifier=".cg")
+                top_SG = tl.load(stats_ptr + part_SG * 2, mask=mask_SG, other=LOWEST, cache_modifier=".cg")
                 weight_SG = tl.load(stats_ptr + part_SG * 2 + 1, mask=mask_SG, other=0.0, cache_modifier=".cg")
                 acc_SGD = tl.load(
                     partials_ptr + part_SG[:, :, None] * D + d[None, None, :],
@@ -464,8 +489,7 @@ def _decode_kernel(
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                # Heads beyond the group have no finite score anywhere.
-                new_top_G = tl.where(mask_G, tl.maximum(top_G, tl.max(top_SG, axis=0)), 0.0)
+                new_top_G = tl.maximum(top_G, tl.max(top_SG, axis=0))
                 share_SG = tl.exp2(top_SG - new_top_G[None, :])
                 shrink_G = tl.exp2(top_G - new_top_G)
                 weight_G = weight_G * shrink_G + tl.sum(weight_SG * share_SG, axis=0)

@@ -19,7 +19,7 @@ from engine.kernels.decode_attention import (
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILES = DecodeTiles(block_n=32, num_warps=4, num_stages=2, ctas_per_sm=1, waves=1)
+TILES = DecodeTiles(keys_per_warp=16, num_warps=2, num_stages=2, ctas_per_sm=1, waves=1)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
