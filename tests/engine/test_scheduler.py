@@ -26,6 +26,7 @@ class Harness:
     block_size: int = 4
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 16
+    max_num_mixed_tokens: int | None = None
     max_model_len: int = 200
     windows: tuple[int | None, ...] = (None,)
     depth: int = 0
@@ -33,6 +34,7 @@ class Harness:
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], str] = field(default_factory=dict)
     outputs: list[RequestOutput] = field(default_factory=list)
+    num_choices: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = [group(window) for window in self.windows]
@@ -47,6 +49,7 @@ class Harness:
             self.kv,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_mixed_tokens=self.max_num_mixed_tokens,
             max_model_len=self.max_model_len,
         )
         self.runner = FakeRunner(groups, self.block_size)
@@ -56,6 +59,7 @@ class Harness:
 
     def add(self, request_id: str, prompt: list[int], **sampling: object) -> None:
         params = SamplingParams(**{"max_tokens": 8, **sampling})
+        self.num_choices[request_id] = params.n
         self.core.add(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=params))
 
     def step(self) -> list[RequestOutput]:
@@ -64,6 +68,9 @@ class Harness:
         for output in outputs:
             key = (output.request_id, output.choice_index)
             assert key not in self.finished, "output after the end"
+            if output.error is not None:
+                self._end_with_error(output)
+                continue
             known = self.tokens.setdefault(key, [])
             assert output.first_token_index == len(known)
             known.extend(output.token_ids)
@@ -71,6 +78,12 @@ class Harness:
                 self.finished[key] = output.finish_reason
         self.outputs.extend(outputs)
         return outputs
+
+    def _end_with_error(self, output: RequestOutput) -> None:
+        """An error ends all choices of a request, as a frontend has it."""
+        assert output.error is not None and output.error.kind == "RequestFailed" and output.finish_reason == "error"
+        for choice in range(self.num_choices[output.request_id]):
+            self.finished.setdefault((output.request_id, choice), "error")
 
     def run(self, limit: int = 5000) -> None:
         for _ in range(limit):
@@ -118,6 +131,43 @@ def test_one_step_mixes_decodes_with_a_chunk_and_keeps_the_budget():
     harness.run()
     assert all(step.total_num_tokens <= 17 for step in harness.runner.steps)
     assert harness.tokens["long", 0] == expect(prompt_of(60, seed=1), 8)
+
+
+@pytest.mark.parametrize(
+    ("num_decodes", "expected"), [(0, 8192), (1, 8192), (8, 8192), (16, 4096), (20, 3200), (32, 2048), (100, 2048)]
+)
+def test_the_more_sequences_decode_the_less_of_a_prompt_joins_their_step(num_decodes: int, expected: int):
+    harness = Harness(
+        num_blocks=2000,
+        block_size=16,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_num_mixed_tokens=2048,
+        max_model_len=10_000,
+    )
+    for i in range(num_decodes):
+        harness.add(f"r{i}", prompt_of(5, seed=i), max_tokens=3)
+    if num_decodes:
+        harness.step()
+    harness.add("long", prompt_of(9000))
+    harness.add("short", prompt_of(20, seed=-1))
+    harness.step()
+    step = harness.runner.steps[-1]
+    assert step.num_tokens[:-1] == [1] * num_decodes, "one chunk, cut, and nothing behind it"
+    assert step.num_tokens[-1] % 16 == 0, "a chunk that is cut ends with a page"
+    assert expected - 16 < step.total_num_tokens <= expected
+
+
+def test_a_prompt_gets_on_beside_as_many_decodes_as_there_may_be():
+    harness = Harness(max_num_seqs=4, max_num_batched_tokens=200, max_num_mixed_tokens=4)
+    for i in range(3):
+        harness.add(f"r{i}", prompt_of(3, seed=i), max_tokens=40)
+    harness.step()
+    harness.add("late", prompt_of(20), max_tokens=1)
+    for _ in range(21):
+        harness.step()
+    assert harness.finished == {("late", 0): "length"}, "three decodes and one prompt token a step"
+    harness.run()
 
 
 def test_a_finished_request_makes_room_at_once():
@@ -303,6 +353,77 @@ def test_less_than_four_percent_of_allocated_pages_is_wasted():
     assert 1 - used / allocated < 0.04
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("fails_late", [False, True])
+def test_a_step_that_does_not_fit_once_changes_no_text(depth: int, fails_late: bool):
+    harness = Harness(depth=depth)
+    harness.runner.fails_late = fails_late
+    for i in range(4):
+        harness.add(f"r{i}", prompt_of(5, seed=i), max_tokens=20, n=2)
+    for _ in range(3):
+        harness.step()
+    harness.add("late", prompt_of(12, seed=9), n=3)
+    failures = iter([True])
+    harness.runner.out_of_memory = lambda step: next(failures, False)
+    harness.step()
+    assert harness.core.stats().preemptions == 1, "the youngest prompt gives way"
+    num_steps = len(harness.runner.steps)
+    harness.step()
+    assert len(harness.runner.steps) == num_steps + 1 and not harness.runner.steps[-1].new_rows, "the next step goes without it"
+    harness.run()
+    for i in range(4):
+        assert [harness.tokens[f"r{i}", c] for c in range(2)] == [expect(prompt_of(5, seed=i), 20, choice=c) for c in range(2)]
+    assert [harness.tokens["late", c] for c in range(3)] == [expect(prompt_of(12, seed=9), 8, choice=c) for c in range(3)]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_request_that_never_fits_fails_alone(depth: int, caching: bool):
+    harness = Harness(depth=depth, caching=caching, max_num_batched_tokens=32)
+    harness.runner.out_of_memory = lambda step: max(step.start_positions) + max(step.num_tokens) > 40
+    for i in range(3):
+        harness.add(f"r{i}", prompt_of(7, seed=i), max_tokens=20)
+    harness.step()
+    harness.add("large", prompt_of(60, seed=5), n=2)
+    harness.add("after", prompt_of(20, seed=6))
+    harness.run()
+    for i in range(3):
+        assert harness.tokens[f"r{i}", 0] == expect(prompt_of(7, seed=i), 20)
+    assert harness.tokens["after", 0] == expect(prompt_of(20, seed=6), 8)
+    assert harness.finished["large", 0] == harness.finished["large", 1] == "error"
+    error = next(output.error for output in harness.outputs if output.error)
+    assert "ran out of memory twice in a row with this request (60 tokens" in error.message
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_steps_shrink_until_they_fit_and_grow_again(depth: int):
+    harness = Harness(depth=depth, max_num_batched_tokens=64, num_blocks=200, max_num_seqs=6)
+    harness.runner.out_of_memory = lambda step: step.total_num_tokens > 24
+    prompts = {f"r{i}": prompt_of(30, seed=i) for i in range(6)}
+    for name, prompt in prompts.items():
+        harness.add(name, prompt)
+    harness.run()
+    assert {name: harness.tokens.get((name, 0)) for name in prompts} == {n: expect(p, 8) for n, p in prompts.items()}
+    harness.runner.out_of_memory = lambda step: False
+    harness.add("slow", prompt_of(4), max_tokens=150)
+    harness.run()
+    harness.add("r", prompt_of(100, seed=11))
+    harness.step()
+    assert harness.runner.steps[-1].total_num_tokens == 64
+    harness.run()
+
+
+def test_of_two_prompts_in_a_step_the_one_that_does_not_fit_fails():
+    harness = Harness(max_num_batched_tokens=64, num_blocks=100)
+    harness.runner.out_of_memory = lambda step: any(  # a prompt of more than 20 tokens
+        start + count > 20 for start, count in zip(step.start_positions, step.num_tokens, strict=True)
+    )
+    harness.add("large", prompt_of(28, seed=1), max_tokens=2)
+    harness.add("small", prompt_of(9, seed=2), max_tokens=4)
+    harness.run()
+    assert harness.finished == {("large", 0): "error", ("small", 0): "length"}
+
+
 ACTIONS = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 50), st.integers(0, 12), st.integers(1, 3), st.booleans(), st.booleans()),
     st.tuples(st.just("step"), st.integers(1, 4)),
@@ -318,16 +439,23 @@ ACTIONS = st.one_of(
     num_blocks=st.integers(17, 40),
     max_num_seqs=st.integers(1, 6),
     budget=st.integers(6, 24),
+    mixed=st.integers(6, 24),
+    failures=st.lists(st.booleans(), max_size=30),
 )
-def test_random_lives_end_with_every_page_free_and_the_right_text(actions, depth, windows, num_blocks, max_num_seqs, budget):
+def test_random_lives_end_with_every_page_free_and_the_right_text(
+    actions, depth, windows, num_blocks, max_num_seqs, budget, mixed, failures
+):
     harness = Harness(
         num_blocks=num_blocks,
         windows=windows,
         depth=depth,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        max_num_mixed_tokens=min(mixed, budget),
         max_model_len=100,
     )
+    fates = iter(failures)
+    harness.runner.out_of_memory = lambda step: next(fates, False)
     asked: dict[str, tuple[list[int], int, int]] = {}
     aborted: set[tuple[str, int]] = set()
     for action in actions:
@@ -351,7 +479,8 @@ def test_random_lives_end_with_every_page_free_and_the_right_text(actions, depth
         for choice in range(n):
             expected = expect(prompt, max_tokens, choice=choice)
             said = harness.tokens.get((name, choice), [])
-            if (name, choice) in aborted and (name, choice) not in harness.finished:
+            if harness.finished.get((name, choice), "error") == "error":
+                assert (name, choice) in aborted or sum(failures) >= 2
                 assert said == expected[: len(said)]
             else:
                 assert said == expected and harness.finished[name, choice] == "length"
