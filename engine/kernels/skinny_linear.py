@@ -290,7 +290,7 @@ def _matrix_kernel(
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for step in tl.range(0, SPLIT_E // BLOCK_E, num_stages=STAGES):
         offset = step * BLOCK_E
-        if E % SPLIT_E == 0:
+        if E == SPLITS * SPLIT_E:
             w = tl.load(weight_ptrs + offset, eviction_policy="evict_first")
             x = tl.load(x_ptrs + offset, mask=m[None, :] < num_rows, other=0.0)
         else:
