@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch.utils import cpp_extension
 
 from engine.attention.base import DeviceRows, LayerSpec, RaggedBatch
-from engine.attention.pages import PagedBackend, common_problem, import_problem
+from engine.attention.pages import PagedBackend, common_problem, import_problem, to_device
 from engine.step import KVGroupSpec
 
 _WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
@@ -68,7 +69,7 @@ class FlashInferBackend(PagedBackend):
         """Why FlashInfer cannot serve these layers here; None when it can."""
         why = common_problem(layers, dtype, device, kv_cache_dtype, head_dims=(64, 128, 256), sinks=False)
         why = why or import_problem("flashinfer", "flashinfer-python", "BatchDecodeWithPagedKVCacheWrapper")
-        if why is None and cpp_extension.CUDA_HOME is None and importlib.util.find_spec("flashinfer_jit_cache") is None:
+        if why is None and not _has_nvcc() and importlib.util.find_spec("flashinfer_jit_cache") is None:
             why = "it compiles its kernels, and neither nvcc nor flashinfer-jit-cache is installed"
         members = {layer.layer_index: (layer.num_heads, layer.scaling, layer.softcap) for layer in layers}
         if why is None and any(len({members[index] for index in group.layer_indices}) > 1 for group in groups):
@@ -107,7 +108,7 @@ class FlashInferBackend(PagedBackend):
             "q_data_type": self._dtype,
             "kv_data_type": self._dtype,
         }
-        page_ids = torch.from_numpy(indices.astype(np.int32)).to(self._device)
+        page_ids = to_device(indices.astype(np.int32), self._device)
         shape = (layer.num_heads, layer.num_kv_heads, layer.head_dim, size)
         if is_decode:
             wrapper = self._decoders[g]
@@ -138,6 +139,10 @@ class FlashInferBackend(PagedBackend):
             if wrapper is not None:
                 wrapper.run(q_THD[tokens], self._pages[layer_index], out=out_THD[tokens])
         return out_THD
+
+
+def _has_nvcc() -> bool:
+    return shutil.which("nvcc") is not None or Path("/usr/local/cuda/bin/nvcc").exists()
 
 
 def _starts(counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.attention.base import DeviceRows, FusedRotation, LayerSpec, RaggedBatch
@@ -73,7 +75,7 @@ class PagedBackend:
             pairs = [(source, target) for copied_group, source, target in copies if copied_group == g]
             if not pairs:
                 continue
-            sources, targets = torch.tensor(pairs, dtype=torch.int64).to(self._device, non_blocking=True).unbind(1)
+            sources, targets = to_device(np.array(pairs, dtype=np.int64), self._device).unbind(1)
             for index in group.layer_indices:
                 for pages in self._pages[index]:
                     pages.index_copy_(0, targets, pages.index_select(0, sources))
@@ -133,6 +135,12 @@ class PagedBackend:
     def _share(self, step: PagedStep, table_RP: torch.Tensor) -> Any:
         """What a group's layers have in common; the rows' page ids, int32, unless a backend needs more."""
         return table_RP
+
+
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """Without a wait: through pinned memory, which torch takes back only when the copy is done."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:

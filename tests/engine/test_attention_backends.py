@@ -594,7 +594,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a Hopper card and all packages, as far as anything asks."""
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
+    monkeypatch.setattr("engine.attention.flashinfer._has_nvcc", lambda: True)
     monkeypatch.setattr("engine.attention.pages.HAS_TRITON", True)
     for name, build in PACKAGES.items():
         monkeypatch.setitem(sys.modules, name, build())
@@ -670,7 +670,7 @@ def test_builds_and_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch
 
     sys.modules["cudnn"].backend_version = lambda: 91001  # type: ignore[attr-defined]
     refused("cudnn", "needs cuDNN 91002 or newer, and 91001 is loaded")
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    monkeypatch.setattr("engine.attention.flashinfer._has_nvcc", lambda: False)
     refused("flashinfer", "neither nvcc nor flashinfer-jit-cache")
     without_tables = module("flash_attn_interface", flash_attn_with_kvcache=lambda q, k_cache: None)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", without_tables)
