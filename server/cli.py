@@ -173,6 +173,7 @@ class _Service:
 
     async def _run_engine(self) -> None:
         """Starts the engine and watches it. Never returns; raises what ended the engine, or kept it from starting."""
+        logger.info("start the engine process: %s", self._config.model)
         await self._client.start()
         ready = await self._client.wait_until_ready()
         self._print_ready(ready)
