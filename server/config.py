@@ -23,7 +23,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from engine.config import (
     DEVICES,
     DTYPES,
+    KV_CACHE_DTYPES,
     LOAD_FORMATS,
+    QUANTIZATIONS,
     CacheConfig,
     EngineConfig,
     ModelConfig,
@@ -89,6 +91,7 @@ class ServerConfig(BaseModel):
     download_dir: str | None = _setting(None, "model", "where downloads go; by default the user's cache")
     dtype: str = _setting("auto", "model", f"{', '.join(DTYPES)}")
     load_format: str = _setting("auto", "model", f"{', '.join(LOAD_FORMATS)} (dummy: random weights)")
+    quantization: str = _setting("none", "model", f"{', '.join(QUANTIZATIONS)} (fp8: the layers' weights, while loading)")
     max_model_len: Count | None = _setting(
         None, "model", "context in tokens (8k = 8000, 8K = 8192); default: the largest that fits"
     )
@@ -104,12 +107,14 @@ class ServerConfig(BaseModel):
 
     device: str = _setting("auto", "engine", ", ".join(DEVICES))
     attention_backend: str = _setting("auto", "engine", "attention implementation; auto takes the device's best")
+    cuda_graphs: bool = _setting(True, "engine", "capture decode steps on a GPU and replay them")
     num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine; default: the cores it may use")
     max_num_seqs: Count | None = _setting(None, "engine", "most sequences in one step")
     max_num_batched_tokens: Count | None = _setting(None, "engine", "most tokens in one step")
     max_num_mixed_tokens: Count | None = _setting(None, "engine", "most tokens in one step while many sequences decode")
 
     block_size: Count = _setting(16, "KV cache", "tokens in one page, a power of two")
+    kv_cache_dtype: str = _setting("auto", "KV cache", f"{', '.join(KV_CACHE_DTYPES)} (auto: the model's dtype)")
     enable_prefix_caching: bool = _setting(True, "KV cache", "reuse the pages of equal prompt beginnings")
     gpu_memory_utilization: Number = _setting(0.90, "KV cache", "share of the card's memory to take in all")
     cpu_memory_share: Number = _setting(0.30, "KV cache", "on a CPU, share of the memory left after the weights")
@@ -132,6 +137,7 @@ class ServerConfig(BaseModel):
             parallel=ParallelConfig(**self._fields_of(ParallelConfig)),
             device=self.device,
             attention_backend=self.attention_backend,
+            cuda_graphs=self.cuda_graphs,
         )
 
     def _fields_of(self, part: type[msgspec.Struct]) -> dict[str, Any]:
@@ -232,7 +238,9 @@ def _flag_source(argv: Sequence[str]) -> tuple[_Source, str | None]:
     values = vars(parsed)
     config_path, positional = values.pop("config"), values.pop("model_positional")
     for argument in unknown:
-        known = [flag_name(key) for key in ServerConfig.model_fields] + ["--config", "--no-enable-prefix-caching"]
+        fields = ServerConfig.model_fields
+        known = ["--config", *map(flag_name, fields)]
+        known += [flag_name(f"no_{key}") for key, field in fields.items() if field.annotation is bool]
         what = argument.split("=", 1)[0]
         raise ConfigError(f"unknown argument {what}{nearest(what, known)}; see octavo serve --help", param=what)
     if positional is not None:
