@@ -21,9 +21,15 @@ def root_hash(cache_salt: str) -> bytes:
     return hashlib.blake2b(ROOT_HASH + cache_salt.encode(), digest_size=32).digest()
 
 
-def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """256-bit hash of a full block: its tokens and, through the parent, all tokens before them."""
-    return hashlib.blake2b(parent + array("i", token_ids).tobytes(), digest_size=32).digest()
+def block_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """256-bit hashes of consecutive full blocks: each of its tokens and, through the one before it, of all before them."""
+    packed = array("i", token_ids).tobytes()
+    num_bytes = block_size * array("i").itemsize
+    hashes = []
+    for start in range(0, len(packed) - num_bytes + 1, num_bytes):
+        parent = hashlib.blake2b(parent + packed[start : start + num_bytes], digest_size=32).digest()
+        hashes.append(parent)
+    return hashes
 
 
 class Block:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.block_pool import BlockPool, block_hash, root_hash
+from engine.block_pool import BlockPool, block_hashes, root_hash
 from engine.request import Request
 from engine.step import SCRATCH_BLOCK_ID, KVGroupSpec
 
@@ -148,10 +148,10 @@ class KVCacheManager:
     def _hashes(self, request: Request) -> list[bytes]:
         """The request's chained block hashes, extended to all its full blocks of known tokens."""
         hashes, size = request.block_hashes, self.block_size
-        while (len(hashes) + 1) * size <= request.num_tokens:
+        start = len(hashes) * size
+        if start + size <= request.num_tokens:
             parent = hashes[-1] if hashes else root_hash(request.cache_salt)
-            start = len(hashes) * size
-            hashes.append(block_hash(parent, request.token_ids[start : start + size]))
+            hashes += block_hashes(parent, request.token_ids[start:], size)
         return hashes
 
     # -- allocate and free ------------------------------------------------------------------------------------------

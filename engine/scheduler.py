@@ -535,4 +535,4 @@ class Scheduler:
         assert all(request.status is RequestStatus.RUNNING for request in self._running)
         assert all(request.status is RequestStatus.WAITING for request in self._waiting)
         assert all(request.num_computed_tokens <= request.num_tokens_ahead for request in self.unfinished())
-        assert all(request.num_computed_tokens <= request.page_capacity for request in self._running), "positions without a page"
+        assert all(request.num_computed_tokens <= request.page_capacity for request in self._running), "a position has no page"
