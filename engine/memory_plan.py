@@ -1,4 +1,6 @@
-"""How many pages, and how long a context, fit into the bytes at hand: arithmetic only, no torch.
+"""How much a model takes, and how many pages and how long a context fit into the rest: arithmetic only, no torch.
+
+The engine sizes itself by these functions at load, and `octavo plan` prints them before.
 
 Every KV group has pages of its own. A sequence of L tokens fills ceil(L / block_size) pages of a full-attention group, and of
 a sliding group never more than its window and the chunk being computed can touch.
@@ -13,11 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import CacheConfig
 from engine.errors import ConfigError, ModelLoadError
 from engine.step import KVGroupSpec
 
 _FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_TIED_BY_DEFAULT = ("gemma",)  # families whose files need not say that the head is the embedding table
+_FULL_LAYER_EVERY = {"gemma2": 2, "gemma3_text": 6}  # in files that do not list their layers' types
+_LOGITS_COPIES = 5  # float32, [max_num_seqs, vocabulary]: as the general sampling path holds at once
+_STEP_MARGIN = 1.5  # of a step's temporaries: what the allocator cannot give back in time
+_LAUNCHES_PER_LAYER = 16
+_BYTES_PER_LAUNCH = 16 << 10  # of a launch recorded in a CUDA graph, on the device, generously
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +156,169 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a decoder, as its configuration states them. num_experts is 0 where every token takes the whole MLP; then
+    experts_per_token, expert_size and num_expert_layers are 0 too. shared_size: of an MLP beside the experts."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    is_tied: bool
+    num_experts: int
+    experts_per_token: int
+    expert_size: int
+    shared_size: int
+    num_expert_layers: int
+
+    @classmethod
+    def of(cls, hf_config: Mapping[str, Any]) -> ModelShape:
+        """From config.json, or a transformers config's `to_dict()`. Raises ModelLoadError where a size is not stated."""
+        config: Mapping[str, Any] = hf_config.get("text_config") or hf_config
+        try:
+            num_layers, num_heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
+            hidden_size = int(config["hidden_size"])
+            num_experts = int(_first(config, "num_experts", "num_local_experts", "n_routed_experts") or 0)
+            intermediate_size = int(_first(config, "intermediate_size") or 4 * hidden_size)
+            expert_size = int(_first(config, "moe_intermediate_size") or intermediate_size)
+            tied = config.get("tie_word_embeddings", hf_config.get("tie_word_embeddings"))
+            return cls(
+                num_layers=num_layers,
+                hidden_size=hidden_size,
+                intermediate_size=intermediate_size,
+                num_heads=num_heads,
+                num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+                head_dim=int(config.get("head_dim") or hidden_size // num_heads),
+                vocab_size=int(config["vocab_size"]),
+                is_tied=str(config.get("model_type")).startswith(_TIED_BY_DEFAULT) if tied is None else bool(tied),
+                num_experts=num_experts,
+                experts_per_token=int(config.get("num_experts_per_tok") or 1) if num_experts else 0,
+                expert_size=expert_size if num_experts else 0,
+                shared_size=int(
+                    config.get("shared_expert_intermediate_size") or expert_size * (config.get("n_shared_experts") or 0)
+                ),
+                num_expert_layers=_num_expert_layers(config, num_layers) if num_experts else 0,
+            )
+        except KeyError as error:
+            raise ModelLoadError(f"config.json states no {error.args[0]}, so the model's sizes are unknown: add it") from error
+        except (TypeError, ValueError) as error:
+            raise ModelLoadError(f"config.json holds a size that is no number ({error}): mend it") from error
+
+    def weight_bytes(self, bytes_per_element: int, linear_bytes: int | None = None) -> int:
+        """Of all weights, biases left out. linear_bytes: of an element of the layers' linears, where these are quantized
+        (embeddings, head, norms, routers and experts are not); each row then has a float32 scale as well."""
+        hidden, q_width, kv_width = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        dense_layers = self.num_layers - self.num_expert_layers
+        linears = self.num_layers * hidden * 2 * (q_width + kv_width) + 3 * hidden * (
+            dense_layers * self.intermediate_size + self.num_expert_layers * self.shared_size
+        )
+        rows = self.num_layers * (q_width + 2 * kv_width + hidden) + dense_layers * (2 * self.intermediate_size + hidden)
+        experts = self.num_expert_layers * self.num_experts * hidden * (3 * self.expert_size + 1)
+        others = (1 if self.is_tied else 2) * self.vocab_size * hidden + (2 * self.num_layers + 1) * hidden + experts
+        if linear_bytes is None:
+            return (linears + others) * bytes_per_element
+        return linears * linear_bytes + 4 * rows + others * bytes_per_element
+
+
+def _first(config: Mapping[str, Any], *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def _num_expert_layers(config: Mapping[str, Any], num_layers: int) -> int:
+    """Layers that have experts: all but those that families name as dense, each in its own way."""
+    every = int(config.get("decoder_sparse_step") or 1)
+    dense = set(config.get("mlp_only_layers") or ()) | set(range(int(config.get("first_k_dense_replace") or 0)))
+    return sum(index not in dense and (index + 1) % every == 0 for index in range(num_layers))
+
+
+def activation_bytes(shape: ModelShape, *, max_num_batched_tokens: int, max_num_seqs: int, bytes_per_element: int) -> int:
+    """An upper estimate of a step's temporaries: a layer's activations for every token, and the sampled rows' logits."""
+    attention = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    experts = shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.expert_size)
+    widest_mlp = max(3 * shape.intermediate_size if shape.num_expert_layers < shape.num_layers else 0, experts)
+    per_token = 4 * shape.hidden_size + attention + widest_mlp
+    return int(_STEP_MARGIN * max_num_batched_tokens * per_token * bytes_per_element) + logits_bytes(shape, max_num_seqs)
+
+
+def logits_bytes(shape: ModelShape, max_num_seqs: int) -> int:
+    """Of the copies of float32 logits that sampling may hold at once."""
+    return _LOGITS_COPIES * 4 * max_num_seqs * shape.vocab_size
+
+
+def graph_batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Row counts that CUDA graphs are made for, ascending: 1, 2, 4, then steps of about an eighth, up to max_num_seqs."""
+    sizes = [1, 2, 4]
+    while sizes[-1] < max_num_seqs:
+        last = sizes[-1]
+        sizes.append(last + (4 if last < 16 else 8 if last < 64 else 16 if last < 256 else 64))
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def graph_bytes(shape: ModelShape, *, max_num_seqs: int, bytes_per_element: int) -> int:
+    """Set aside for CUDA graphs: a pool of temporaries for the largest batch, and the recorded launches of every size."""
+    launches = _LAUNCHES_PER_LAYER * shape.num_layers * len(graph_batch_sizes(max_num_seqs))
+    experts = shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.expert_size)
+    width = 8 * shape.hidden_size + max(4 * shape.intermediate_size, experts) + shape.vocab_size
+    return launches * _BYTES_PER_LAUNCH + max_num_seqs * width * bytes_per_element
+
+
+def kv_bytes_per_element(kv_cache_dtype: str, bytes_per_element: int) -> int:
+    """Of a stored key or value: kv_cache_dtype "auto" is the model's own dtype."""
+    return 1 if kv_cache_dtype == "fp8" else bytes_per_element
+
+
+def model_context(hf_config: Mapping[str, Any]) -> int:
+    """Tokens of context that the model knows. Dynamic NTK and YaRN stretch their pretrained length by a factor; elsewhere the
+    configuration states the stretched length itself. Raises ModelLoadError where it states none."""
+    config: Mapping[str, Any] = hf_config.get("text_config") or hf_config
+    stated = config.get("max_position_embeddings")
+    if not stated:
+        raise ModelLoadError("config.json states no max_position_embeddings, so the model's context is unknown: add it there")
+    context = int(stated)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if kind == "dynamic" and factor:
+        context = int(context * factor)
+    if kind == "yarn" and factor and rope.get("original_max_position_embeddings"):
+        context = max(context, int(rope["original_max_position_embeddings"] * factor))
+    return context
+
+
+def weights_of(
+    folder: Path, shape: ModelShape, *, load_format: str, quantization: str, bytes_per_element: int
+) -> tuple[int, bool]:
+    """(bytes of the weights as they will be kept, whether that is by the configuration's sizes alone): by the files' headers
+    where there are files to load, and for random weights by the sizes."""
+    linear_bytes = 1 if quantization == "fp8" else None
+    stored = None if load_format == "dummy" else estimate_weight_bytes(folder, bytes_per_element, linear_bytes)
+    return (shape.weight_bytes(bytes_per_element, linear_bytes), True) if stored is None else (stored, False)
+
+
+def bytes_for_pages(
+    cache: CacheConfig, *, on_gpu: bool, total_bytes: int, free_bytes: int, weights: int, activations: int, graphs: int
+) -> int:
+    """Memory for KV pages on a device with total_bytes, of which free_bytes are free: what the rest leaves within the share of
+    a card that Octavo may take, or on a CPU a share of what the weights leave."""
+    if cache.kv_cache_memory_bytes is not None:
+        return cache.kv_cache_memory_bytes
+    if not on_gpu:
+        return max(0, int((free_bytes - weights) * cache.cpu_memory_share))
+    reserve = total_bytes - int(total_bytes * cache.gpu_memory_utilization)
+    return max(0, free_bytes - reserve - weights - activations - graphs)
+
+
+def requests_that_fit(
+    plan: KVPlan, groups: Sequence[KVGroupSpec], block_size: int, num_tokens: int, max_num_batched_tokens: int
+) -> int:
+    """Sequences of num_tokens each (prompt and answer together) whose pages the plan holds at once."""
+    need = _Need(tuple(groups), block_size, max_num_batched_tokens)
+    return min(count // need.blocks(group, num_tokens) for group, count in zip(groups, plan.num_blocks, strict=True))
+
+
 def estimate_kv_groups(hf_config: Mapping[str, Any], block_size: int, bytes_per_element: int) -> tuple[KVGroupSpec, ...]:
     """The KV groups that the model will turn out to have, from its configuration (a transformers config's `to_dict()`).
 
@@ -160,7 +332,7 @@ def estimate_kv_groups(hf_config: Mapping[str, Any], block_size: int, bytes_per_
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is not None and window >= (config.get("max_position_embeddings") or math.inf):
         window = None
-    layer_types = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * num_layers
+    layer_types = config.get("layer_types") or _layer_types(config, num_layers, window)
     members: dict[int | None, list[int]] = {}
     for index, layer_type in enumerate(layer_types[:num_layers]):
         members.setdefault(window if layer_type == "sliding_attention" else None, []).append(index)
@@ -171,11 +343,19 @@ def estimate_kv_groups(hf_config: Mapping[str, Any], block_size: int, bytes_per_
     )
 
 
-def estimate_weight_bytes(folder: Path, bytes_per_element: int) -> int | None:
+def _layer_types(config: Mapping[str, Any], num_layers: int, window: int | None) -> list[str]:
+    if not window:
+        return ["full_attention"] * num_layers
+    every = config.get("sliding_window_pattern") or _FULL_LAYER_EVERY.get(str(config.get("model_type")), num_layers + 1)
+    return ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
+
+
+def estimate_weight_bytes(folder: Path, bytes_per_element: int, linear_bytes: int | None = None) -> int | None:
     """Bytes of a folder's safetensors weights once floating point is cast to bytes_per_element; None where there are none.
 
-    Reads the files' headers only (an 8-byte length, then JSON: https://huggingface.co/docs/safetensors). MXFP4 blocks
-    count as the two values that each byte unpacks to. Raises ModelLoadError for a header that cannot be read.
+    linear_bytes: of an element of the layers' linears, where these are quantized, each row then with a float32 scale. Reads the
+    files' headers only (an 8-byte length, then JSON: https://huggingface.co/docs/safetensors). MXFP4 blocks count as the two
+    values that each byte unpacks to. Raises ModelLoadError for a header that cannot be read.
     """
     total, paths = 0, sorted(folder.glob("*.safetensors"))
     for path in paths:
@@ -188,7 +368,16 @@ def estimate_weight_bytes(folder: Path, bytes_per_element: int) -> int | None:
                     is_packed = tensor["dtype"] == "U8" and name.endswith("_blocks")
                     is_float = tensor["dtype"] in _FLOAT_BYTES
                     width = bytes_per_element if is_float else _OTHER_BYTES.get(tensor["dtype"], 1)
-                    total += 2 * count * bytes_per_element if is_packed else count * width
+                    if linear_bytes is not None and is_float and _is_linear(name, tensor["shape"]):
+                        total += count * linear_bytes + 4 * tensor["shape"][0]
+                    else:
+                        total += 2 * count * bytes_per_element if is_packed else count * width
         except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
             raise ModelLoadError(f"{path} is no readable safetensors file ({error}): fetch it again") from error
     return total if paths else None
+
+
+def _is_linear(name: str, shape: Sequence[int]) -> bool:
+    """Whether a weight belongs to a linear of the layers: neither embeddings, head nor router, and no expert."""
+    others = ("embed", "lm_head", "router", ".experts.", ".mlp.gate.", "block_sparse_moe.gate.")
+    return len(shape) == 2 and ".layers." in name and not any(part in name for part in others)
