@@ -183,7 +183,8 @@ def _gather_context_kernel(
     HAS_WINDOW: tl.constexpr,
     MIN_QUERIES: tl.constexpr,
 ):
-    """Program (part, row × head) copies its share of the row's context, BLOCK_N tokens at a time; the last copy ends in zeros."""
+    """Program (part, row × head) copies its share of the row's context, BLOCK_N tokens at a time. Zeros stand
+    for what no query sees: behind the context's end and before the window."""
     row = tl.program_id(1) // NUM_KV_HEADS
     kv_head = tl.program_id(1) % NUM_KV_HEADS
     start, position, gathered = _gathered_start(
@@ -198,6 +199,8 @@ def _gather_context_kernel(
     for done in range(tl.program_id(0) * BLOCK_N, length, tl.num_programs(0) * BLOCK_N):
         positions = position + done + offs_n
         seen = positions < context
+        if HAS_WINDOW:
+            seen = seen & (positions > context - window)
         pages = tl.load(table_ptr + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
         source = (pages * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
         mask = seen[:, None] & inside_d[None, :]
@@ -359,6 +362,8 @@ def _prefill_kernel(
     table_ptr = block_tables_ptr + tl.load(row_slots_ptr + row).to(tl.int64) * table_stride
     for at in tl.range(context_begin, pages_end, BLOCK_N):
         seen = at + offs_n < context
+        if HAS_WINDOW:
+            seen = seen & (at + offs_n >= oldest + context)
         pages = tl.load(table_ptr + (at + offs_n) // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
         source = ((pages * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + (at + offs_n) % BLOCK_SIZE) * HEAD_DIM
         mask = seen[:, None] & inside_d[None, :]
