@@ -24,10 +24,12 @@ from engine.supervisor import Supervisor
 from server.api.health import VERSION, curl_command
 from server.app import create_app
 from server.config import ServerConfig, load_config
+from server.plan import run_plan
 
 logger = logging.getLogger("octavo.server")
 
 USAGE = """usage: octavo serve [MODEL] [flags]    serve a model over the OpenAI API; octavo serve --help lists the flags
+       octavo plan [MODEL] [flags]     say what that would take of the memory, and what fits, before anything is loaded
        octavo --version"""
 BACKLOG = 2048
 STATE_POLL_S = 0.2
@@ -50,6 +52,8 @@ def run(argv: Sequence[str]) -> int:
             return 0
         case ["serve", *rest]:
             return _serve(rest)
+        case ["plan", *rest]:
+            return _plan(rest)
         case _:
             print(USAGE, file=sys.stderr)
             return 2
@@ -66,6 +70,15 @@ def _serve(argv: Sequence[str]) -> int:
             setproctitle.setproctitle("octavo: frontend")
             _set_up_logging(config.log_level)
             return uvloop.run(_Service(config, sock, chat_template).run())
+    except OctavoError as error:
+        return _fail(error.message, 1)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    try:
+        return run_plan(argv, os.environ)
+    except ConfigError as error:
+        return _fail(error.message, 2)
     except OctavoError as error:
         return _fail(error.message, 1)
 

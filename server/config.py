@@ -42,7 +42,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 _SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _parse_count(value: object) -> object:
+def parse_count(value: object) -> object:
     """'8k' is 8,000 and '8K' is 8,192; the same for m/M, g/G, t/T. Raises ValueError on anything but a whole number."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
@@ -67,7 +67,7 @@ def _parse_list(value: object) -> object:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_parse_count)]
+Count = Annotated[int, BeforeValidator(parse_count)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 Names = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_parse_list)]
 
@@ -230,9 +230,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag_name(key), metavar=key.rsplit("_", 1)[-1].upper(), **options)
 
 
-def _flag_source(argv: Sequence[str]) -> tuple[_Source, str | None]:
+_DESCRIPTIONS = {
+    "serve": "Serve a model over the OpenAI API.",
+    "plan": "Say what serving a model would take of a device's memory, and what fits, before anything is loaded. The flags "
+    "are those of `octavo serve`, and --memory SIZE (80G = 80 GiB): plan for a GPU of that size, or with --device cpu for a "
+    "machine of that size, instead of this one's.",
+}
+
+
+def _flag_source(argv: Sequence[str], command: str) -> tuple[_Source, str | None]:
     """The flags given, and the --config file. Raises ConfigError on an unknown flag or a model given twice."""
-    parser = _Parser(prog="octavo serve", description="Serve a model over the OpenAI API.", allow_abbrev=False)
+    parser = _Parser(prog=f"octavo {command}", description=_DESCRIPTIONS[command], allow_abbrev=False)
     add_flags(parser)
     parsed, unknown = parser.parse_known_args(argv)
     values = vars(parsed)
@@ -242,7 +250,7 @@ def _flag_source(argv: Sequence[str]) -> tuple[_Source, str | None]:
         known = ["--config", *map(flag_name, fields)]
         known += [flag_name(f"no_{key}") for key, field in fields.items() if field.annotation is bool]
         what = argument.split("=", 1)[0]
-        raise ConfigError(f"unknown argument {what}{nearest(what, known)}; see octavo serve --help", param=what)
+        raise ConfigError(f"unknown argument {what}{nearest(what, known)}; see octavo {command} --help", param=what)
     if positional is not None:
         if values.get("model", positional) != positional:
             raise ConfigError(f"two models are given, {positional} and --model {values['model']}: give one", param="model")
@@ -258,9 +266,12 @@ def has_nvidia_driver(environ: Mapping[str, str]) -> bool:
     return any(Path(path).exists() for path in paths) or shutil.which("nvidia-smi") is not None
 
 
-def load_config(argv: Sequence[str], environ: Mapping[str, str]) -> ServerConfig:
-    """Puts the sources together. Raises ConfigError naming the setting and where it was written."""
-    flags, config_path = _flag_source(argv)
+def load_config(argv: Sequence[str], environ: Mapping[str, str], *, command: str = "serve") -> ServerConfig:
+    """Puts the sources together. command: the one whose flags these are, for its help and errors.
+
+    Raises ConfigError naming the setting and where it was written.
+    """
+    flags, config_path = _flag_source(argv, command)
     env = _env_source(environ)
     config_path = config_path or environ.get(f"{ENV_PREFIX}CONFIG")
     own = [_yaml_source(Path(config_path).expanduser())] if config_path else []

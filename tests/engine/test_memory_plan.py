@@ -8,12 +8,29 @@ from typing import Any
 
 import psutil
 import pytest
+from dummy_model import SHAPES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config import CacheConfig
 from engine.errors import ConfigError, ModelLoadError
 from engine.host_memory import available_bytes
-from engine.memory_plan import KVPlan, estimate_kv_groups, estimate_weight_bytes, plan_kv_cache
+from engine.memory_plan import (
+    KVPlan,
+    ModelShape,
+    activation_bytes,
+    bytes_for_pages,
+    estimate_kv_groups,
+    estimate_weight_bytes,
+    graph_batch_sizes,
+    graph_bytes,
+    kv_bytes_per_element,
+    logits_bytes,
+    model_context,
+    plan_kv_cache,
+    requests_that_fit,
+    weights_of,
+)
 from engine.step import KVGroupSpec
 
 FULL = KVGroupSpec((0, 2), 2, 16, None, 1000)
@@ -148,6 +165,96 @@ def test_weight_bytes_from_safetensors_headers(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").write_bytes(b"not a header")
     with pytest.raises(ModelLoadError, match="fetch it again"):
         estimate_weight_bytes(tmp_path, 2)
+
+
+LAYER = "model.layers.0."
+
+
+def test_quantized_linears_are_counted_by_their_names(tmp_path: Path) -> None:
+    names = (f"{LAYER}mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight", f"{LAYER}mlp.gate.weight")
+    names += (f"{LAYER}mlp.experts.0.up_proj.weight",)
+    write_header(tmp_path / "a.safetensors", {name: {"dtype": "BF16", "shape": [10, 4]} for name in names})
+    assert estimate_weight_bytes(tmp_path, 2) == 5 * 80
+    assert estimate_weight_bytes(tmp_path, 2, 1) == 4 * 80 + 40 + 4 * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "left_out"),
+    [("llama-3.1-8b", 8_030_261_248, 0), ("llama-3.2-1b", 1_235_814_400, 0), ("qwen3-30b-a3b", 30_532_122_624, 2 * 48 * 128)],
+)
+def test_weights_by_the_configuration_s_sizes(name: str, count: int, left_out: int, tmp_path: Path) -> None:
+    """The published models' numbers of parameters; left_out: the small norms of queries and keys."""
+    shape = ModelShape.of(SHAPES[name])
+    assert shape.weight_bytes(2) == 2 * (count - left_out)
+    assert weights_of(tmp_path, shape, load_format="auto", quantization="none", bytes_per_element=2) == (
+        2 * (count - left_out),
+        True,
+    )
+    assert weights_of(tmp_path, shape, load_format="dummy", quantization="fp8", bytes_per_element=2)[0] < 2 * count
+
+
+def test_sizes_as_families_write_them() -> None:
+    base = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64, "vocab_size": 100}
+    shape = ModelShape.of(base)
+    assert (shape.num_kv_heads, shape.head_dim, shape.intermediate_size, shape.num_experts) == (4, 16, 256, 0)
+    assert not shape.is_tied and ModelShape.of(base | {"model_type": "gemma3_text"}).is_tied
+    mixtral = ModelShape.of(base | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96})
+    assert (mixtral.num_experts, mixtral.experts_per_token, mixtral.expert_size, mixtral.num_expert_layers) == (8, 2, 96, 4)
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2}
+    partly = ModelShape.of({"text_config": base | experts | {"first_k_dense_replace": 1}})
+    assert (partly.num_expert_layers, partly.shared_size) == (3, 64)
+    assert ModelShape.of(base | experts | {"decoder_sparse_step": 2, "mlp_only_layers": [3]}).num_expert_layers == 1
+    with pytest.raises(ModelLoadError, match="states no vocab_size"):
+        ModelShape.of({key: value for key, value in base.items() if key != "vocab_size"})
+    with pytest.raises(ModelLoadError, match="no number"):
+        ModelShape.of(base | {"hidden_size": "wide"})
+
+
+def test_activations_graphs_and_stored_bytes() -> None:
+    shape = ModelShape.of(SHAPES["llama-3.1-8b"])
+    small = activation_bytes(shape, max_num_batched_tokens=2048, max_num_seqs=64, bytes_per_element=2)
+    large = activation_bytes(shape, max_num_batched_tokens=8192, max_num_seqs=64, bytes_per_element=2)
+    logits = logits_bytes(shape, 64)
+    assert large - logits == 4 * (small - logits) and logits == 20 * 64 * 128256
+    assert graph_bytes(shape, max_num_seqs=256, bytes_per_element=2) > graph_bytes(shape, max_num_seqs=8, bytes_per_element=2)
+    assert graph_batch_sizes(1) == (1,) and graph_batch_sizes(5) == (1, 2, 4, 5)
+    sizes = graph_batch_sizes(300)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == 300 and 256 in sizes
+    assert (kv_bytes_per_element("auto", 2), kv_bytes_per_element("fp8", 2)) == (2, 1)
+
+
+def test_bytes_for_pages() -> None:
+    parts: dict[str, Any] = {"total_bytes": 1000, "free_bytes": 900, "weights": 300, "activations": 50, "graphs": 10}
+    assert bytes_for_pages(CacheConfig(gpu_memory_utilization=0.9), on_gpu=True, **parts) == 900 - 100 - 360
+    assert bytes_for_pages(CacheConfig(cpu_memory_share=0.5), on_gpu=False, **parts) == 300
+    assert bytes_for_pages(CacheConfig(kv_cache_memory_bytes=7), on_gpu=True, **parts) == 7
+    assert bytes_for_pages(CacheConfig(), on_gpu=True, **parts | {"weights": 5000}) == 0
+
+
+def test_contexts_as_configurations_state_them() -> None:
+    assert model_context({"max_position_embeddings": 64}) == 64
+    dynamic = {"rope_type": "dynamic", "factor": 4.0}
+    assert model_context({"text_config": {"max_position_embeddings": 64, "rope_parameters": dynamic}}) == 256
+    yarn = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+    assert model_context({"max_position_embeddings": 64, "rope_scaling": yarn}) == 512
+    with pytest.raises(ModelLoadError, match="max_position_embeddings"):
+        model_context({})
+
+
+def test_layer_types_that_a_family_does_not_list() -> None:
+    config = {"num_hidden_layers": 12, "num_attention_heads": 4, "hidden_size": 64, "sliding_window": 8}
+    sliding, full = estimate_kv_groups(config | {"model_type": "gemma3_text"}, 16, 2)
+    assert (len(sliding.layer_indices), full.layer_indices) == (10, (5, 11))
+    sliding, full = estimate_kv_groups(config | {"sliding_window_pattern": 3}, 16, 2)
+    assert (len(sliding.layer_indices), full.layer_indices) == (8, (2, 5, 8, 11))
+
+
+def test_requests_that_fit() -> None:
+    result = plan(free_bytes=100_000)  # 99 pages of 16 tokens
+    assert requests_that_fit(result, [FULL], 16, 17, 128) == 49
+    assert requests_that_fit(result, [FULL], 16, 512, 128) == 3
+    mixed = plan(free_bytes=100_000, groups=[FULL, SLIDING])
+    assert requests_that_fit(mixed, [FULL, SLIDING], 16, 512, 128) == min(mixed.num_blocks[0] // 32, mixed.num_blocks[1] // 13)
 
 
 def cgroup(folder: Path, limit: str, used: int, cache: int, *, version: int) -> None:

@@ -109,7 +109,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert re.fullmatch(r"octavo \d+\.\d+\.\d+\n", capsys.readouterr().out)
     assert run(["--help"]) == 0
-    assert "octavo serve" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "octavo serve" in text and "octavo plan" in text
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
