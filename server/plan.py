@@ -87,7 +87,7 @@ class Plan:
 def run_plan(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Prints the plan; 0 where the model fits, 1 where it does not. Raises OctavoError for what cannot be planned at all."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--memory")
+    parser.add_argument("--memory", nargs="?", const="")
     given, rest = parser.parse_known_args(argv)
     memory = None if given.memory is None else _parse_memory(given.memory)
     if memory is not None and not any(argument.split("=")[0] == "--device" for argument in rest):
