@@ -16,27 +16,22 @@ Result = TypeVar("Result")
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, which is cancelled when the client goes away first. Raises ClientDisconnected then.
 
-    The body must have been read already: from here on the server has nothing more to deliver than the disconnect. The work
-    stays in the caller's task, since a request is short and a task is not free.
+    The body must have been read already: from here on the server has nothing more to deliver than the disconnect. The work gets
+    a task of its own: there it wakes up without going through the calls of every layer above us, some thirty, each time.
     """
-    task = asyncio.current_task()
-    assert task is not None
-    is_gone = False
-
-    async def watch() -> None:
-        nonlocal is_gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        is_gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(receive))
     try:
-        return await work
-    except asyncio.CancelledError:
-        # Somebody else may have cancelled the task as well; then it is to end as such.
-        if is_gone and task.uncancel() == 0:
-            raise ClientDisconnected from None
-        raise
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
     finally:
-        watcher.cancel()
+        for pending in (task, watcher):
+            pending.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
