@@ -12,16 +12,26 @@ from typing import Any
 
 import torch
 
-from engine.attention.base import group_layers
+from engine.attention.base import AttentionBackend, group_layers
 from engine.attention.choose import choose_backend
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.cuda_graphs import buckets
 from engine.errors import ConfigError
-from engine.fusion import fuse, quantize
+from engine.fusion import FusedDecoder, fuse, quantize
 from engine.host_memory import available_bytes
+from engine.kernels.compiler import compiling_ahead
 from engine.kv_cache_manager import KVCacheManager
-from engine.memory_plan import KVPlan, estimate_kv_groups, estimate_weight_bytes, plan_kv_cache
+from engine.memory_plan import (
+    KVPlan,
+    ModelShape,
+    activation_bytes,
+    bytes_for_pages,
+    estimate_kv_groups,
+    graph_bytes,
+    logits_bytes,
+    plan_kv_cache,
+    weights_of,
+)
 from engine.messages import EngineReady
 from engine.model_files import resolve_model
 from engine.model_loader import LoadedModel, load_model, max_context, resolve_dtype
@@ -31,9 +41,6 @@ from engine.scheduler import Scheduler
 from engine.step import KVGroupSpec
 
 Report = Callable[[str, str, float | None], None]
-
-_BYTES_PER_LAUNCH = 16 << 10  # of a recorded kernel launch, device side, generously
-_GENERAL_SAMPLING_COPIES = 5  # float32 logits, as the general path holds at once: raw, scaled, probabilities, noise, logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         )
 
     # Before any weight is read: a context that does not fit is refused here.
-    expected_bytes = _bytes_for_pages(config, folder, dtype, limits)
+    shape = ModelShape.of(hf_config.to_dict())
+    expected_bytes = _bytes_for_pages(config, shape, folder, dtype, limits)
     estimate = plan(
         estimate_kv_groups(hf_config.to_dict(), config.cache.block_size, kv_dtype.itemsize),
         expected_bytes,
@@ -97,21 +105,14 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         block_size=config.cache.block_size,
         dtype=dtype,
         device=limits.device,
-        kv_cache_dtype=config.cache.kv_cache_dtype,
+        kv_cache_dtype=kv_dtype,
     )
     report("attention", f"{backend_class.name}: {reason}", None)
     own: dict[str, Any] = {"kv_dtype": kv_dtype, "max_num_seqs": limits.max_num_seqs} if backend_class.name == "triton" else {}
     backend = backend_class(loaded.layers, groups, config.cache.block_size, dtype, limits.device, **own)
     on_gpu = limits.device.type == "cuda"
-    fused = None
-    if on_gpu:
-        with phase("fuse"), torch.inference_mode():
-            if hasattr(backend, "rotate_and_write"):
-                fused = fuse(loaded.model, loaded.layers, estimate.max_model_len)
-            if config.model.quantization == "fp8":
-                quantize(loaded.model, fused)
-    elif config.model.quantization != "none":
-        raise ConfigError("quantization fp8 needs a GPU: leave it out on a CPU", param="quantization")
+    with phase("fuse"):
+        fused = _fuse(config, loaded, backend, estimate.max_model_len, on_gpu)
     runner = ModelRunner(
         loaded.model,
         backend,
@@ -128,17 +129,44 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     free_bytes, max_model_len, context = expected_bytes, config.model.max_model_len, estimate.max_model_len
     if on_gpu:
         backend.allocate([1] * len(groups))
-        with phase("compile kernels"):
+        with phase("compile kernels"), compiling_ahead():
             runner.warm_up()
-        if config.cache.kv_cache_memory_bytes is None:
-            with phase("profile a step"):
-                step_bytes = runner.profile(limits.max_num_batched_tokens)
-                free_bytes = _free_after_profile(config, limits, loaded, step_bytes)
+        with phase("profile a step"):
+            step_bytes = runner.profile(limits.max_num_batched_tokens)
+            free_bytes = _bytes_after_profile(config, shape, dtype, limits, step_bytes)
     with phase("allocate pages"):
         kv_plan = plan(groups, free_bytes, max_model_len, context)
         backend.allocate(kv_plan.num_blocks)
     with phase("warm up"):
         runner.warm_up()
+    core = _build_core(config, limits, loaded, groups, kv_plan, runner)
+    report("started", ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), None)
+    return core, _ready(config, limits, loaded, folder, kv_plan, estimate.notes + kv_plan.notes, seconds, backend.name)
+
+
+def _fuse(
+    config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend, max_model_len: int, on_gpu: bool
+) -> FusedDecoder | None:
+    """The fused decoder, where device, backend and model have one, with its weights quantized if asked for."""
+    if not on_gpu:
+        if config.model.quantization != "none":
+            raise ConfigError("quantization fp8 needs a GPU: leave it out on a CPU", param="quantization")
+        return None
+    with torch.inference_mode():
+        fused = fuse(loaded.model, loaded.layers, max_model_len) if hasattr(backend, "rotate_and_write") else None
+        if config.model.quantization == "fp8":
+            quantize(loaded.model, fused)
+    return fused
+
+
+def _build_core(
+    config: EngineConfig,
+    limits: _Limits,
+    loaded: LoadedModel,
+    groups: tuple[KVGroupSpec, ...],
+    kv_plan: KVPlan,
+    runner: ModelRunner,
+) -> EngineCore:
     kv_cache = KVCacheManager(
         groups,
         kv_plan.num_blocks,
@@ -153,15 +181,13 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         max_num_mixed_tokens=limits.max_num_mixed_tokens,
         max_model_len=kv_plan.max_model_len,
     )
-    core = EngineCore(
+    return EngineCore(
         scheduler,
         runner,
         vocab_size=loaded.vocab_size,
         eos_token_ids=frozenset(loaded.eos_token_ids),
         pipeline_depth=limits.pipeline_depth,
     )
-    report("started", ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), None)
-    return core, _ready(config, limits, loaded, folder, kv_plan, estimate.notes + kv_plan.notes, seconds, backend.name)
 
 
 def _limits(config: EngineConfig) -> _Limits:
@@ -179,13 +205,21 @@ def _limits(config: EngineConfig) -> _Limits:
             "so that every running sequence can get a token in each step",
             param="max_num_batched_tokens",
         )
+    max_num_mixed_tokens = scheduler.max_num_mixed_tokens or max(
+        min(2048 if on_gpu else max_num_batched_tokens, max_num_batched_tokens), max_num_seqs
+    )
+    if not max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens:
+        raise ConfigError(
+            f"max_num_mixed_tokens must be between max_num_seqs ({max_num_seqs}) and max_num_batched_tokens "
+            f"({max_num_batched_tokens}), got {max_num_mixed_tokens}",
+            param="max_num_mixed_tokens",
+        )
     depth = scheduler.pipeline_depth
     return _Limits(
         device=torch.device("cuda" if on_gpu else "cpu"),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_num_mixed_tokens=scheduler.max_num_mixed_tokens
-        or (max(min(2048, max_num_batched_tokens), max_num_seqs) if on_gpu else max_num_batched_tokens),
+        max_num_mixed_tokens=max_num_mixed_tokens,
         pipeline_depth=depth if depth is not None else int(on_gpu),
     )
 
@@ -197,43 +231,52 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _bytes_for_pages(config: EngineConfig, folder: Path, dtype: torch.dtype, limits: _Limits) -> int:
-    """Memory for KV pages, told before the weights are loaded: what they will leave, and of that the configured share."""
-    if config.cache.kv_cache_memory_bytes is not None:
-        return config.cache.kv_cache_memory_bytes
-    weights = estimate_weight_bytes(folder, dtype.itemsize) or 0
-    if limits.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(limits.device)
-        reserve = total - int(total * config.cache.gpu_memory_utilization)
-        return max(0, free - reserve - weights - _activation_bytes(folder, dtype, limits))
-    return max(0, int((available_bytes() - weights) * config.cache.cpu_memory_share))
+def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtype: torch.dtype, limits: _Limits) -> int:
+    """Memory for KV pages, told before the weights are loaded: the same arithmetic as `octavo plan`."""
+    weights, _ = weights_of(
+        folder,
+        shape,
+        load_format=config.model.load_format,
+        quantization=config.model.quantization,
+        bytes_per_element=dtype.itemsize,
+    )
+    on_gpu = limits.device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(limits.device) if on_gpu else (available_bytes(), 0)
+    return bytes_for_pages(
+        config.cache,
+        on_gpu=on_gpu,
+        total_bytes=total,
+        free_bytes=free,
+        weights=weights,
+        activations=activation_bytes(
+            shape,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            bytes_per_element=dtype.itemsize,
+        ),
+        graphs=_graph_bytes(config, shape, dtype, limits),
+    )
 
 
-def _free_after_profile(config: EngineConfig, limits: _Limits, loaded: LoadedModel, step_bytes: int) -> int:
-    """Memory for KV pages, from what the card says is free now: less what a step was seen to take, the graphs, the general
-    sampling path, and the share of the card that is not ours to take."""
+def _graph_bytes(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, limits: _Limits) -> int:
+    if not config.cuda_graphs:
+        return 0
+    return graph_bytes(shape, max_num_seqs=limits.max_num_seqs, bytes_per_element=dtype.itemsize)
+
+
+def _bytes_after_profile(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, limits: _Limits, step_bytes: int) -> int:
+    """Memory for KV pages, from what the card says is free with the weights on it, and what a step was seen to take."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(limits.device)
-    reserve = total - int(total * config.cache.gpu_memory_utilization)
-    sampling = _GENERAL_SAMPLING_COPIES * 4 * limits.max_num_seqs * loaded.vocab_size
-    graphs = _graph_bytes(loaded, limits) if config.cuda_graphs else 0
-    return max(0, free - reserve - step_bytes - sampling - graphs)
-
-
-def _graph_bytes(loaded: LoadedModel, limits: _Limits) -> int:
-    """Set aside for CUDA graphs: one pool of temporaries for the largest batch, and the recorded launches of each bucket."""
-    launches = 16 * len(loaded.layers) * len(buckets(limits.max_num_seqs))
-    text = loaded.config
-    width = 8 * text.hidden_size + 4 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size) + loaded.vocab_size
-    return int(launches * _BYTES_PER_LAUNCH + limits.max_num_seqs * width * loaded.dtype.itemsize)
-
-
-def _activation_bytes(folder: Path, dtype: torch.dtype, limits: _Limits) -> int:
-    """An upper estimate of a step's temporaries: the widest layer's activations for every token, and float32 logits."""
-    text = read_config(folder).get_text_config()
-    widest = 4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
-    logits = 3 * 4 * limits.max_num_seqs * text.vocab_size
-    return int(2 * limits.max_num_batched_tokens * widest * dtype.itemsize + logits)
+    return bytes_for_pages(
+        config.cache,
+        on_gpu=True,
+        total_bytes=total,
+        free_bytes=free,
+        weights=0,
+        activations=step_bytes + logits_bytes(shape, limits.max_num_seqs),
+        graphs=_graph_bytes(config, shape, dtype, limits),
+    )
 
 
 def _ready(

@@ -18,15 +18,6 @@ logger = logging.getLogger(__name__)
 STEPS_BETWEEN_CAPTURES = 20
 
 
-def buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Row counts that graphs are made for, ascending: 1, 2, 4, then steps of about an eighth of the size, to max_num_seqs."""
-    sizes = [1, 2, 4]
-    while sizes[-1] < max_num_seqs:
-        last = sizes[-1]
-        sizes.append(last + (4 if last < 16 else 8 if last < 64 else 16 if last < 256 else 64))
-    return tuple(size for size in sizes if size < max_num_seqs) + (max_num_seqs,)
-
-
 class CudaGraphs:
     """Captured functions by key. All share one memory pool: a graph's temporaries are free for the others, since graphs run
     one after another on one stream, and what outlives a replay lies in memory that the caller owns.

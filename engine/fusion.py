@@ -1,9 +1,9 @@
 """Fused forward of decoders that we know, over the module tree that transformers loaded.
 
 A known layer becomes a handful of calls: one product for q, k and v and one for gate and up, norms that add the residual on
-the way, and one kernel for head norms, rotary embedding and the write into pages. The original modules stay usable: their weights
-become views of the merged ones. Before it is used, one layer of each kind is compared with the original; on a mismatch the
-original stays and the log says so.
+the way, and one kernel for head norms, rotary embedding and the write into pages. The original modules stay usable: their
+weights become views of the merged ones. Before it is used, one layer of each kind is compared with the original; on a mismatch
+the original stays and the log says so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 from engine.attention.base import FusedAttentionBackend, LayerSpec
 from engine.attention.hf import StepAttention
 from engine.kernels.activations import gelu_mul, gelu_tanh_mul, silu_mul
+from engine.kernels.compiler import compiling_ahead
 from engine.kernels.norms import add_rms_norm, norm_add_norm, rms_norm
 from engine.kernels.rotary import rotate_and_write
 from engine.linear import Linear
@@ -227,6 +228,9 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
         kind = (type(module.mlp).__name__, layer_type, spec.window, spec.has_sinks)
         if kind not in checked:
             checked.add(kind)
+            if layer.qkv.weight.is_cuda:
+                with compiling_ahead():
+                    _difference(module, layer, decoder, layer_type)
             error = _difference(module, layer, decoder, layer_type)
             if not error <= _MAX_ERROR[layer.qkv.weight.dtype]:
                 logger.warning(
@@ -393,4 +397,4 @@ def quantize(model: nn.Module, fused: FusedDecoder | None) -> None:
                     setattr(parent, name, Linear.from_linear(child, name))
     linears = [module for module in decoder.modules() if isinstance(module, Linear)] if fused is None else fused.linears()
     for linear in linears:
-        linear.quantize_fp8()
+        linear.quantize()

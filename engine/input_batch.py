@@ -158,6 +158,7 @@ class SamplingSlots:
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
                 seed=row.seed,
+                output_index=row.token_ids.size - row.num_prompt_tokens,
             )
 
     def free(self, slot: int) -> None:
@@ -366,14 +367,9 @@ class InputBatch:
         self.feed.send(fields, padded_to=padded_to)
 
     def _sample_fields(self, step: SchedulerOutput, rows: _Rows) -> dict[str, IntArray]:
-        """Slots that are sampled for, and their output tokens so far: sampled rows, then forks."""
-        slots, positions = rows.slots, rows.ends
-        if len(step.sampled_rows) != slots.size:
-            slots, positions = slots[step.sampled_rows], positions[step.sampled_rows]
-        if step.forks:
-            slots = np.append(slots, [fork.row.slot for fork in step.forks])
-            positions = np.append(positions, [rows.ends[fork.parent_row] for fork in step.forks])
-        return {"sample_slots": slots, "output_index": self.sampling.output_index(slots, positions)}
+        """Slots that are sampled for: sampled rows, then forks."""
+        slots = rows.slots if len(step.sampled_rows) == rows.slots.size else rows.slots[step.sampled_rows]
+        return {"sample_slots": np.append(slots, [fork.row.slot for fork in step.forks]) if step.forks else slots}
 
     def _block_tables(self, slots: Sequence[int], ends: IntArray) -> tuple[list[Sequence[int]], ...]:
         used = (-(-ends // self._block_size)).tolist()
@@ -389,6 +385,6 @@ class InputBatch:
         return self._token_ids[slot, start + 1 : stop].astype(np.int64), int(self._num_prompt_logprobs[slot])
 
     def record(self, slots: Sequence[int], token_ids: torch.Tensor) -> None:
-        """Note the tokens just sampled, int64 [N] on the device."""
+        """Note the tokens just sampled, int64 [N] on the device; the sampling kernel does so itself."""
         self._last_token[to_device(np.asarray(slots, dtype=np.int64), self._device)] = token_ids
         self.sampling.add_tokens(slots, token_ids)

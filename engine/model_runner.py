@@ -1,13 +1,14 @@
 """ModelRunner: the device side of a step. `launch` runs the forward and returns at once; `sample` draws the tokens.
 
-On a GPU a step of decodes alone runs from static memory (`step_feed.py`), padded to a bucket of rows, as a CUDA graph once there is
-one for the bucket; sampling has graphs of its own. Every other step is launched kernel by kernel.
+On a GPU a step of decodes alone runs from static memory (`step_feed.py`), padded to a bucket of rows, as a CUDA graph once
+there is one for the bucket; sampling has graphs of its own. Every other step is launched kernel by kernel.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from engine.attention.base import AttentionBackend, RaggedBatch
 from engine.attention.hf import StepAttention
-from engine.cuda_graphs import CudaGraphs, buckets
+from engine.cuda_graphs import CudaGraphs
 from engine.errors import OutOfDeviceMemory
 from engine.fusion import FusedDecoder
 from engine.input_batch import InputBatch, IntArray, StepInputs
 from engine.kernels.sampling import SamplingWorkspace, sample_tokens
+from engine.memory_plan import graph_batch_sizes
 from engine.messages import TokenLogprobs
 from engine.sampler import LogprobsTensors, compute_logprobs, sample
 from engine.sampling_params import SamplingParams
@@ -76,8 +78,8 @@ class SplitModel:
 @dataclass(slots=True)
 class _Launched:
     """A step between its two calls. The lists have one entry a token to sample, rows then forks: the slot and position it
-    goes to, the scheduled row it comes from, and that row's place in `logits`. logits: in the head's dtype. bucket: rows that the
-    step was padded to, where it ran from static memory."""
+    goes to, the scheduled row it comes from, and that row's place in `logits`. logits: in the head's dtype. bucket: rows that
+    the step was padded to, where it ran from static memory."""
 
     step: SchedulerOutput
     slots: list[int]
@@ -90,7 +92,7 @@ class _Launched:
 
 
 class _HostCopies:
-    """Results on their way to the host, on a stream of their own, awaited by one event: the next step need not wait for them."""
+    """Results on their way to the host, on a stream of their own, awaited by one event: the next step need not wait."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._stream = stream
@@ -157,9 +159,9 @@ def _entries(tensors: LogprobsTensors, num_best: Sequence[int]) -> list[TokenLog
 class ModelRunner:
     """Runs steps of one model on one device; see step.Runner. Never syncs with the device in `launch` or `sample`.
 
-    model: a Hugging Face causal model, loaded, in eval mode, its attention routed to `attention.hf`; fused: its decoder in fused
-    form, if there is one. backend: with pages allocated. vocab_size: ids at or past it (padding of the embedding) are never
-    sampled. num_groups: KV groups. on_device: the device keeps block tables and samples with its own kernel (a GPU).
+    model: a Hugging Face causal model, loaded, in eval mode, its attention routed to `attention.hf`; fused: its decoder in
+    fused form, if there is one. backend: with pages allocated. vocab_size: ids at or past it (padding of the embedding) are
+    never sampled. num_groups: KV groups. on_device: the device keeps block tables and samples with its own kernel (a GPU).
     use_graphs: whether steps of decodes are captured as CUDA graphs.
     """
 
@@ -195,7 +197,7 @@ class ModelRunner:
             on_device=on_device,
         )
         self._launched: _Launched | None = None
-        self._buckets = buckets(max_num_seqs)
+        self._buckets = graph_batch_sizes(max_num_seqs)
         self._graphs = CudaGraphs(device) if use_graphs and on_device and backend.graphs else None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ran: set[tuple[str, int, str]] = set()  # what has run kernel by kernel, and so may be captured
@@ -203,7 +205,7 @@ class ModelRunner:
             dtype = next(model.parameters()).dtype
             self._logits = torch.empty(max_num_seqs, vocab_size, dtype=dtype, device=device)
             self._token_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-            self._sampling_workspace = SamplingWorkspace.make(max_num_seqs, vocab_size, device)
+            self._sampling_workspace = SamplingWorkspace.create(max_num_seqs, vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, step: SchedulerOutput) -> None:
@@ -212,15 +214,12 @@ class ModelRunner:
         Raises OutOfDeviceMemory where the forward does not fit: no token was sampled, and the same rows may be launched again.
         """
         assert self._launched is None, "the step before was not sampled"
-        self._batch.apply(step)
-        try:
+        with _told_apart(step):
+            self._batch.apply(step)
             if self._batch.feed is not None and _is_decodes_alone(step):
                 self._launched = self._launch_decodes(step)
             else:
                 self._launched = self._launch_any(step)
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            raise OutOfDeviceMemory(f"a step of {step.total_num_tokens} tokens does not fit: {error}") from error
 
     def _launch_decodes(self, step: SchedulerOutput) -> _Launched:
         num_rows = len(step.slots)
@@ -305,9 +304,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, masks: HostMasks | None) -> _Pending:
-        """Draw the launched step's tokens. A mask of a row holds for its forks too."""
+        """Draw the launched step's tokens. A mask of a row holds for its forks too. Raises OutOfDeviceMemory before any token
+        is noted."""
         launched, self._launched = self._launched, None
         assert launched is not None, "no step was launched"
+        with _told_apart(launched.step):
+            return self._sample(launched, masks)
+
+    def _sample(self, launched: _Launched, masks: HostMasks | None) -> _Pending:
         token_ids, logprobs = None, None
         wanted: tuple[list[int], list[int]] = ([], [])
         if launched.logits is not None:
@@ -347,7 +351,8 @@ class ModelRunner:
             self._run(("sample", bucket, mode), lambda: self._draw(self._logits[:bucket], bucket, mode))
         else:
             self._draw(self._expanded(launched, logits), num_rows, mode)
-        return self._token_ids[:num_rows]
+        token_ids = self._token_ids[:num_rows]
+        return token_ids if self._copy_stream is not None else token_ids.clone()
 
     def _draw(self, logits: torch.Tensor, num_rows: int, mode: str) -> None:
         feed = self._batch.feed
@@ -355,7 +360,6 @@ class ModelRunner:
         sample_tokens(
             logits,
             feed.field("sample_slots", num_rows),
-            feed.field("output_index", num_rows),
             feed.columns,
             self._token_ids[:num_rows],
             feed.last_token,
@@ -381,11 +385,11 @@ class ModelRunner:
         wants_rows = to_device(wants, self._device)
         raw = logits[wants_rows] if wants.size else None  # a copy: sampling overwrites logits
         token_ids = sample(logits, batch)
-        self._batch.record(launched.slots, token_ids)
-        if raw is None:
-            return token_ids, None, ([], [])
         num_best = batch.num_logprobs[wants]
-        logprobs = compute_logprobs(raw, token_ids[wants_rows], int(num_best.max()))
+        logprobs = None if raw is None else compute_logprobs(raw, token_ids[wants_rows], int(num_best.max()))
+        self._batch.record(launched.slots, token_ids)
+        if self._batch.feed is not None:
+            self._batch.feed.set_output_index(np.asarray(launched.slots), batch.output_index + 1)
         return token_ids, logprobs, (wants.tolist(), num_best.tolist())
 
     @torch.inference_mode()
@@ -411,17 +415,17 @@ class ModelRunner:
     def warm_up(self, num_tokens: int = 64) -> None:
         """Run every kind of step once, on the scratch page: what is compiled or set up at first use is ready then.
 
-        num_tokens: of the prompts (at most the context less one).
+        num_tokens: of the prompts (at most the context less two).
         """
-        length = max(2, min(num_tokens, self._max_model_len - 1))
+        length = max(1, min(num_tokens, self._max_model_len - 2))
         head = length // 2
         row = self._scratch_row(0, length)
-        steps = [
-            _scratch_step([row], [(0, 0, head)], sampled=[]),
-            _scratch_step([], [(0, head, length - head)], sampled=[0]),
-            _scratch_step([], [(0, length, 1)], sampled=[0]),
-        ]
-        if self._batch.feed is not None and self._num_slots > 1:
+        first = [_scratch_step([row], [(0, 0, head)], sampled=[])] if head else []
+        rest = _scratch_step([] if head else [row], [(0, head, length - head)], sampled=[0])
+        steps = [*first, rest]
+        if self._max_model_len > length:
+            steps.append(_scratch_step([], [(0, length, 1)], sampled=[0]))
+        if self._batch.feed is not None and self._num_slots > 1 and self._max_model_len > length + 1:
             other = self._scratch_row(1, length)
             steps.append(_scratch_step([other], [(0, length + 1, 1), (1, 0, length)], sampled=[0, 1]))
         for step in [*steps, SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=[0])]:
@@ -488,6 +492,16 @@ def _scratch_step(rows: list[NewRow], spans: list[tuple[int, int, int]], sampled
         num_tokens=[count for _, _, count in spans],
         sampled_rows=sampled,
     )
+
+
+@contextmanager
+def _told_apart(step: SchedulerOutput) -> Iterator[None]:
+    """Out of memory is the step's fate, not the engine's: raised as OutOfDeviceMemory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise OutOfDeviceMemory(f"a step of {step.total_num_tokens} tokens does not fit: {error}") from error
 
 
 def _is_decodes_alone(step: SchedulerOutput) -> bool:

@@ -7,6 +7,7 @@ parent: when it closes, the process ends at once, whatever it is doing.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import signal
 import sys
@@ -214,6 +215,7 @@ def run(build_engine: BuildEngine) -> int:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     # Imported here so that the process listens, and watches its parent, before torch is loaded.
     from engine.build import build_engine as build
 

@@ -19,9 +19,9 @@ from engine.kernels.sampling import SamplingColumns
 
 Ints = npt.NDArray[np.int32]
 
-_COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seed_low", "seed_high")
+_COLUMNS = ("temperature", "top_p", "min_p", "top_k", "output_index")
 _FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
-_ROW_FIELDS = ("row_slots", "seq_lens", "input_ids", "sample_slots", "output_index")
+_ROW_FIELDS = ("row_slots", "seq_lens", "input_ids", "sample_slots")
 _NUM_HOST_BUFFERS = 4  # a step in flight still reads its own: two are in flight at most
 
 
@@ -46,14 +46,16 @@ class StepFeed:
         self._device = device
         self._max_blocks = max_blocks
         table_size = num_slots * max_blocks
-        self._columns_at = num_groups * table_size
+        self._seeds_at = -(-num_groups * table_size // 2) * 2  # 64-bit words, so at an even place
+        self._columns_at = self._seeds_at + 2 * num_slots
         self._arena = torch.zeros(self._columns_at + len(_COLUMNS) * num_slots, dtype=torch.int32, device=device)
         self.tables = tuple(
             self._arena[g * table_size : (g + 1) * table_size].view(num_slots, max_blocks) for g in range(num_groups)
         )
         columns = {name: self._column(i) for i, name in enumerate(_COLUMNS)}
         self.columns = SamplingColumns(
-            **{name: values.view(torch.float32) if name in _FLOAT_COLUMNS else values for name, values in columns.items()}
+            seed=self._arena[self._seeds_at : self._columns_at].view(torch.int64),
+            **{name: values.view(torch.float32) if name in _FLOAT_COLUMNS else values for name, values in columns.items()},
         )
         self.last_token = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._rows = torch.zeros(len(_ROW_FIELDS), num_slots, dtype=torch.int32, device=device)
@@ -76,13 +78,22 @@ class StepFeed:
             first = (group * self.num_slots + slot) * self._max_blocks + start
             self._changes.append((np.arange(first, first + len(block_ids)), np.array(block_ids, dtype=np.int32)))
 
-    def set_sampling(self, slot: int, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> None:
-        """A slot's knobs, from the next `send` on. seed: 64 bits."""
+    def set_sampling(
+        self, slot: int, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, output_index: int
+    ) -> None:
+        """A slot's knobs, from the next `send` on. seed: 64 bits. output_index: output tokens so far; the sampling kernel counts
+        on from there."""
         floats = np.array([temperature, top_p, min_p], dtype=np.float32).view(np.int32)
-        seed_words = np.array([seed], dtype=np.uint64).view(np.int32)  # low word first on little-endian machines
-        values = np.array([floats[0], top_k, floats[1], floats[2], seed_words[0], seed_words[1]], dtype=np.int32)
-        index = self._columns_at + np.arange(len(_COLUMNS)) * self.num_slots + slot
-        self._changes.append((index, values))
+        seed_words = np.array([seed], dtype=np.uint64).view(np.int32)
+        values = np.concatenate([seed_words, floats, [top_k, output_index]]).astype(np.int32)
+        columns = self._columns_at + np.arange(len(_COLUMNS)) * self.num_slots + slot
+        seed_at = self._seeds_at + 2 * slot
+        self._changes.append((np.concatenate([[seed_at, seed_at + 1], columns]), values))
+
+    def set_output_index(self, slots: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> None:
+        """Output tokens so far of some slots, from the next `send` on: for tokens that the sampling kernel did not draw."""
+        at = self._columns_at + _COLUMNS.index("output_index") * self.num_slots
+        self._changes.append((at + slots, values.astype(np.int32)))
 
     # -- a step -----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Paged attention by our own Triton kernels: the default on a GPU.
 
-Pages of a layer: keys and values, each [num_blocks + 1, K, block_size, D], so that one head's page is one contiguous run. A step's
-decodes and chunks go to two kernels side by side on two streams: decodes wait for memory, chunks for arithmetic.
+Pages of a layer: keys and values, each [num_blocks + 1, K, block_size, D], so that one head's page is one contiguous run. A
+step's decodes and chunks go to two kernels side by side on two streams: decodes wait for memory, chunks for arithmetic.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class TritonBackend:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        kv_cache_dtype: str,
+        kv_cache_dtype: torch.dtype,
     ) -> str | None:
         """Why these kernels cannot serve these layers; None where they can."""
         if not HAS_TRITON:

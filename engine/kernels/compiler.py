@@ -6,6 +6,10 @@ the kernels themselves are then never called (`HAS_TRITON` is False and the disp
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 try:
@@ -28,4 +32,34 @@ except ImportError:
     triton = _Absent()
     tl = _Absent()
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside, a launch only compiles its kernel, all of them side by side in threads; they are ready at the end.
+
+    Compilers release the interpreter's lock, so a cold start takes as long as the slowest kernel, not as their sum. Where this
+    Triton cannot do so, nothing changes: kernels then compile at their first launch.
+    """
+    try:
+        from triton.runtime import _async_compile
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        yield
+        return
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="compile") as pool,
+        _async_compile.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        JITFunction.run = compile_only
+        try:
+            yield
+        finally:
+            JITFunction.run = run
+
+
+__all__ = ["HAS_TRITON", "compiling_ahead", "tl", "triton"]
