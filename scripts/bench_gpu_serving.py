@@ -1,7 +1,7 @@
 """One model for bench_gpu.py: start its server, watch it come to full speed, send the workloads, end it.
 
-Before each measured workload a short load of the same kind runs uncounted: CUDA graphs come by load, and the figures to compare
-with are of servers that were warm.
+Before each measured workload a short load of the same kind runs uncounted, unless the first load had as many streams: CUDA graphs
+come by load, and the figures to compare with are of servers that were warm.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def measure_model(
                 say(format_curve(curve, record["startup"]["steady_after_s"]))
                 time.sleep(settle_s)
             for number, workload in enumerate(workloads):
-                warm_up(workload, base, num_processes, seed=1000 + number)
+                if not (with_first_load and workload.concurrency == model.first_load.concurrency):
+                    warm_up(workload, base, num_processes, seed=1000 + number)
                 load = load_of(workload, base, seed=2000 + number)
                 summary = summarize(gather(load, min(num_processes, load.num_requests), False))
                 record["workloads"][workload.name] = {

@@ -62,7 +62,7 @@ def figures(
 
 LLAMA_8B = Model(
     "llama-3.1-8b",
-    first_load=Workload("first", num_requests=768, concurrency=256),
+    first_load=Workload("first", num_requests=512, concurrency=256),
     workloads=(
         Workload(
             "single",
