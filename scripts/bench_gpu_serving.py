@@ -1,7 +1,7 @@
 """One model for bench_gpu.py: start its server, watch it come to full speed, send the workloads, end it.
 
-Before each measured workload a short load of the same kind runs uncounted, unless the first load had as many streams: CUDA graphs
-come by load, and the figures to compare with are of servers that were warm.
+Before each measured workload a short load of the same kind runs uncounted, unless the first load had as many streams: CUDA
+graphs come by load, and the figures to compare with are of servers that were warm.
 """
 
 from __future__ import annotations
