@@ -23,23 +23,23 @@ from engine.kernels.compiler import tl, triton
 logger = logging.getLogger(__name__)
 
 NO_WINDOW = 2**31 - 1
-ITEM_FIELDS = 8  # int32 a work item: row, slot, first visible key, first key, end key, number of the row's items, its first item
+ITEM_FIELDS = (
+    8  # int32 a work item: row, slot, first visible key, first key, end key, number of the row's items, its first item
+)
 MAX_HEADS_PER_PROGRAM = 32
+KEYS_PER_WARP = 16  # what the matrix units take at least; one page of the usual size
 PLAN_ITEMS_PER_PROGRAM = 32
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeTiles:
-    """How a program works: keys_per_warp of num_warps in a tile, num_stages of the load pipeline (num_stages - 1 tiles are
-    under way while one is computed), ctas_per_sm programs meant to share a multiprocessor, waves: items wanted per program
-    that fits."""
+    """How a program works: keys_per_warp of num_warps in a tile; num_stages of the load pipeline (num_stages - 1 tiles are
+    under way while one is computed); items_per_sm: as many items as keep a multiprocessor busy."""
 
     keys_per_warp: int
     num_warps: int
     num_stages: int
-    ctas_per_sm: int
-    waves: int
+    items_per_sm: int
 
     @property
     def block_n(self) -> int:
@@ -47,17 +47,23 @@ class DecodeTiles:
         return self.keys_per_warp * self.num_warps
 
 
-def decode_tiles(head_dim: int, block_size: int, element_bytes: int, shared_memory_bytes: int) -> DecodeTiles:
-    """Tiles for pages of block_size tokens of head_dim elements on a card with that much shared memory a program."""
-    ctas_per_sm = 2
-    block_n = 64
-    tile_bytes = 2 * block_n * triton_ceil_power(head_dim) * element_bytes
-    stages = (shared_memory_bytes // ctas_per_sm - 4096) // tile_bytes + 1
-    return DecodeTiles(16, 4, max(1, min(stages, 4)), ctas_per_sm, 1)
+def decode_tiles(head_dim: int, element_bytes: int, shared_memory_bytes: int) -> DecodeTiles:
+    """Tiles for keys of head_dim elements on a card with that much shared memory a program.
+
+    Two programs share a multiprocessor, and each wants two tiles of keys and values on their way while it computes a third.
+    """
+    budget = shared_memory_bytes // 2 - 4096
+    for num_warps in (4, 2, 1):
+        tile_bytes = 2 * KEYS_PER_WARP * num_warps * _power_of_two(head_dim) * element_bytes
+        num_stages = min(budget // tile_bytes + 1, 4)
+        if num_stages >= 3:
+            break
+    return DecodeTiles(KEYS_PER_WARP, num_warps, num_stages, 1)
 
 
-def triton_ceil_power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _power_of_two(n: int) -> int:
+    """The least power of two that is at least n and, as the matrix units want it, 16."""
+    return max(16, 1 << (n - 1).bit_length())
 
 
 @dataclass(slots=True)
@@ -81,6 +87,7 @@ class DecodeWorkspace:
     partials: torch.Tensor
     stats: torch.Tensor
     counters: torch.Tensor
+    early_launch: bool = False
 
     @staticmethod
     def make(
@@ -99,11 +106,11 @@ class DecodeWorkspace:
         device = torch.device(device)
         if tiles is None or multiprocessors is None:
             card = torch.cuda.get_device_properties(device)
-            tiles = tiles or decode_tiles(head_dim, block_size, element_bytes, card.shared_memory_per_block_optin)
+            tiles = tiles or decode_tiles(head_dim, element_bytes, card.shared_memory_per_block_optin)
             multiprocessors = multiprocessors or card.multi_processor_count
         group = num_heads // num_kv_heads
         head_blocks = -(-group // MAX_HEADS_PER_PROGRAM)
-        extra_items = max(1, multiprocessors * tiles.ctas_per_sm * tiles.waves // (num_kv_heads * head_blocks))
+        extra_items = max(1, multiprocessors * tiles.items_per_sm // (num_kv_heads * head_blocks))
         num_items = max_rows + extra_items
         return DecodeWorkspace(
             tiles=tiles,
@@ -136,7 +143,7 @@ def plan_decode(
         num_items,
         workspace.extra_items,
         NO_WINDOW if window is None else window,
-        ROWS=max(16, triton.next_power_of_2(workspace.max_rows)),
+        ROWS=_power_of_two(workspace.max_rows),
         ITEMS=PLAN_ITEMS_PER_PROGRAM,
         FIELDS=ITEM_FIELDS,
         BLOCK_N=workspace.tiles.block_n,
@@ -180,6 +187,9 @@ def paged_decode_attention(
     assert q_BHD.stride(2) == out_BHD.stride(2) == 1 and k_pages.is_contiguous() and v_pages.is_contiguous()
     group = num_heads // num_kv_heads
     split_heads = min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(group))
+    decode_fp8 = k_pages.dtype == torch.float8_e4m3fn and not _has_native_fp8(k_pages.device)
+    if decode_fp8:
+        k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     while True:
         tiles = workspace.tiles
         try:
@@ -207,24 +217,29 @@ def paged_decode_attention(
                 GROUP=group,
                 GROUP_BLOCKS=workspace.head_blocks,
                 D=head_dim,
-                D_PAD=max(16, triton.next_power_of_2(head_dim)),
+                D_PAD=_power_of_two(head_dim),
                 BLOCK_M=max(16, split_heads),
-                WARPS=tiles.num_warps,
+                LOG2_WARPS=tiles.num_warps.bit_length() - 1,
                 KEYS=tiles.keys_per_warp,
                 BLOCK_SIZE=block_size,
                 FIELDS=ITEM_FIELDS,
                 STAGES=tiles.num_stages,
-                SPLITS=max(1, 2048 * tiles.num_warps // (split_heads * triton.next_power_of_2(head_dim))),
+                SPLITS=max(1, min(16, 2048 * tiles.num_warps // (split_heads * _power_of_two(head_dim)))),
                 SPLIT_HEADS=split_heads,
                 SOFTCAP=softcap is not None,
+                DECODE_FP8=decode_fp8,
+                EARLY=workspace.early_launch,
                 num_warps=tiles.num_warps,
+                **({"launch_pdl": True} if workspace.early_launch else {}),
             )
             return out_BHD
         except triton.runtime.errors.OutOfResources as error:
             if tiles.num_stages == 1:
                 raise
             workspace.tiles = replace(tiles, num_stages=tiles.num_stages - 1)
-            logger.warning("decode attention: %s; %d pipeline stages instead of %d", error, tiles.num_stages - 1, tiles.num_stages)
+            logger.warning(
+                "decode attention: %s; %d pipeline stages instead of %d", error, tiles.num_stages - 1, tiles.num_stages
+            )
 
 
 def decode_attention_reference(
@@ -267,6 +282,11 @@ def decode_attention_reference(
         weights_HN = torch.softmax(scores_HN, dim=1)[:, : end - begin]
         out_BHD[row] = torch.einsum("hn,nhd->hd", weights_HN, v_NHD)
     return out_BHD
+
+
+def _has_native_fp8(device: torch.device) -> bool:
+    """Whether the card converts e4m3 itself (Ada and Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_items", "extra_items", "window"])
@@ -323,6 +343,36 @@ def _plan_kernel(
 
 
 @triton.jit
+def _float16_of_e4m3(bits):
+    """A 256th of the value of e4m3 bits, exactly: the exponent moves to float16's place, where the bias is larger by 8."""
+    bits = bits.to(tl.uint16)
+    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _first_half(x):
+    """[M] -> its first M / 2."""
+    first, _ = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2]), (1, 0)))
+    return first
+
+
+@triton.jit
+def _first_half_of_rows(x):
+    """[W, M, D] -> [W, M / 2, D]."""
+    x = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2, x.shape[2]])
+    first, _ = tl.split(tl.permute(x, (0, 2, 3, 1)))
+    return first
+
+
+@triton.jit
+def _sum_of_halves(x):
+    """[W, M, D] -> [W / 2, M, D]. Summing warps so is several times faster than a reduction as Triton lowers it."""
+    x = tl.reshape(x, [2, x.shape[0] // 2, x.shape[1], x.shape[2]])
+    first, second = tl.split(tl.permute(x, (1, 2, 3, 0)))
+    return first + second
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     k_ptr,
@@ -349,7 +399,7 @@ def _decode_kernel(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    WARPS: tl.constexpr,
+    LOG2_WARPS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -357,6 +407,8 @@ def _decode_kernel(
     SPLITS: tl.constexpr,
     SPLIT_HEADS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DECODE_FP8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One item of one key/value head. Heads run fastest over the grid, so that the heads of a page are read together.
 
@@ -366,7 +418,11 @@ def _decode_kernel(
     LOG2_E: tl.constexpr = 1.4426950408889634
     LOWEST: tl.constexpr = -1.0e30  # below any score, and finite: the difference of two is no NaN
     PAGE: tl.constexpr = HEADS // GROUP * BLOCK_SIZE * D
+    WARPS: tl.constexpr = 1 << LOG2_WARPS
     BLOCK_N: tl.constexpr = WARPS * KEYS
+    # The matrix units take 16 rows; groups of at most 8 heads leave the other half at once.
+    HALF: tl.constexpr = BLOCK_M == 16 and SPLIT_HEADS <= 8
+    ROWS: tl.constexpr = 8 if HALF else BLOCK_M
     item = tl.program_id(1)
     item_ptr = items_ptr + item * FIELDS
     splits = tl.load(item_ptr + 5)
@@ -388,6 +444,8 @@ def _decode_kernel(
         page_keys = begin + lanes
     pages = tl.load(table_ptr + page_keys // BLOCK_SIZE, mask=page_keys < end, other=0)
 
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // GROUP_BLOCKS
     group_start = tl.program_id(0) % GROUP_BLOCKS * BLOCK_M
     d = tl.arange(0, D_PAD)
@@ -404,6 +462,8 @@ def _decode_kernel(
     score_scale = scaling
     if k_scale_ptr is not None:
         score_scale *= tl.load(k_scale_ptr)
+    if DECODE_FP8:
+        score_scale *= 256.0
 
     k_ptr += kv_head * BLOCK_SIZE * D
     v_ptr += kv_head * BLOCK_SIZE * D
@@ -421,6 +481,8 @@ def _decode_kernel(
         pages = tl.load(table_ptr + page_keys // BLOCK_SIZE, mask=page_keys < end, other=0)
 
         k = tl.load(k_ptr + offsets, mask=mask, other=0.0)
+        if DECODE_FP8:
+            k = _float16_of_e4m3(k)
         scores = tl.dot(q, tl.permute(k.to(q.dtype), (0, 2, 1)), input_precision="tf32x3")
         if SOFTCAP:
             doubled = scores * (score_scale * 2.0 * LOG2_E / softcap)
@@ -434,16 +496,30 @@ def _decode_kernel(
         weight = weight * shrink + tl.sum(probabilities, axis=2)
         top = new_top
         v = tl.load(v_ptr + offsets, mask=mask, other=0.0)
+        if DECODE_FP8:
+            v = _float16_of_e4m3(v)
         acc = tl.dot(probabilities.to(q.dtype), v.to(q.dtype), acc * shrink[:, :, None], input_precision="tf32x3")
 
     item_top = tl.max(top, axis=0)
     shrink = tl.exp2(top - item_top[None, :])
     item_weight = tl.sum(weight * shrink, axis=0)
-    item_acc = tl.sum(acc * shrink[:, :, None], axis=0)
+    acc *= shrink[:, :, None]
+    if HALF:
+        item_top = _first_half(item_top)
+        item_weight = _first_half(item_weight)
+        acc = _first_half_of_rows(acc)
+    for _ in tl.static_range(LOG2_WARPS):
+        acc = _sum_of_halves(acc)
+    item_acc = tl.reshape(acc, [ROWS, D_PAD])
+    heads = group_start + tl.arange(0, ROWS)
+    head_mask = heads < GROUP
+    heads = kv_head * GROUP + heads
 
     value_scale = 1.0
     if v_scale_ptr is not None:
         value_scale = tl.load(v_scale_ptr)
+    if DECODE_FP8:
+        value_scale *= 256.0
     if splits == 1:
         if sinks_ptr is not None:
             sinks = tl.load(sinks_ptr + heads, mask=head_mask, other=0.0).to(tl.float32) * LOG2_E
@@ -478,23 +554,23 @@ def _decode_kernel(
                 weight_G += 1.0
             acc_GD = tl.zeros([SPLIT_HEADS, D_PAD], tl.float32)
             for first in range(0, splits, SPLITS):
-                split = first + tl.arange(0, SPLITS)
-                mask_SG = (split < splits)[:, None] & mask_G[None, :]
-                part_SG = ((first_item + split) * HEADS)[:, None].to(tl.int64) + heads_G[None, :]
-                top_SG = tl.load(stats_ptr + part_SG * 2, mask=mask_SG, other=LOWEST, cache_modifier=".cg")
-                weight_SG = tl.load(stats_ptr + part_SG * 2 + 1, mask=mask_SG, other=0.0, cache_modifier=".cg")
-                acc_SGD = tl.load(
-                    partials_ptr + part_SG[:, :, None] * D + d[None, None, :],
-                    mask=mask_SG[:, :, None] & (d < D)[None, None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                new_top_G = tl.maximum(top_G, tl.max(top_SG, axis=0))
-                share_SG = tl.exp2(top_SG - new_top_G[None, :])
-                shrink_G = tl.exp2(top_G - new_top_G)
-                weight_G = weight_G * shrink_G + tl.sum(weight_SG * share_SG, axis=0)
-                acc_GD = acc_GD * shrink_G[:, None] + tl.sum(acc_SGD * share_SG[:, :, None], axis=0)
-                top_G = new_top_G
+                for i in tl.static_range(SPLITS):
+                    wanted = mask_G & (first + i < splits)
+                    part_G = ((first_item + first + i) * HEADS + heads_G).to(tl.int64)
+                    split_top = tl.load(stats_ptr + part_G * 2, mask=wanted, other=LOWEST, cache_modifier=".cg")
+                    split_weight = tl.load(stats_ptr + part_G * 2 + 1, mask=wanted, other=0.0, cache_modifier=".cg")
+                    split_acc = tl.load(
+                        partials_ptr + part_G[:, None] * D + d[None, :],
+                        mask=wanted[:, None] & (d < D)[None, :],
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_top_G = tl.maximum(top_G, split_top)
+                    shrink_G = tl.exp2(top_G - new_top_G)
+                    share_G = tl.exp2(split_top - new_top_G)
+                    weight_G = weight_G * shrink_G + split_weight * share_G
+                    acc_GD = acc_GD * shrink_G[:, None] + split_acc * share_G[:, None]
+                    top_G = new_top_G
             acc_GD *= (value_scale / weight_G)[:, None]
             tl.store(
                 out_ptr + row64 * out_stride_b + heads_G[:, None] * out_stride_h + d[None, :],

@@ -19,7 +19,7 @@ from engine.kernels.decode_attention import (
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILES = DecodeTiles(keys_per_warp=16, num_warps=2, num_stages=2, ctas_per_sm=1, waves=1)
+TILES = DecodeTiles(keys_per_warp=16, num_warps=2, num_stages=2, items_per_sm=1)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -252,16 +252,17 @@ def test_the_plan_covers_every_key_once_in_even_items(window: int | None) -> Non
 
 
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("element_bytes", [1, 2, 4])
-@pytest.mark.parametrize("block_size", [1, 16, 256])
-def test_tiles_fit_the_shared_memory(shared_kib: int, head_dim: int, element_bytes: int, block_size: int) -> None:
-    tiles = decode_tiles(head_dim, block_size, element_bytes, shared_kib * 1024)
+def test_two_programs_fit_the_shared_memory_and_load_ahead(shared_kib: int, head_dim: int, element_bytes: int) -> None:
+    tiles = decode_tiles(head_dim, element_bytes, shared_kib * 1024)
     padded = 1 << (head_dim - 1).bit_length()
-    buffers = max(tiles.num_stages - 1, 0) * 2 * tiles.block_n * padded * element_bytes
-    assert tiles.block_n >= 16 and tiles.num_stages >= 2
-    assert buffers + 4096 <= shared_kib * 1024
+    buffers = (tiles.num_stages - 1) * 2 * tiles.block_n * padded * element_bytes
+    assert tiles.num_stages >= 2
+    assert 2 * (buffers + 4096) <= shared_kib * 1024
 
 
-def test_tiles_of_the_tuned_case() -> None:
-    ...
+@pytest.mark.parametrize(("shared_kib", "num_warps", "num_stages"), [(99, 2, 3), (163, 4, 3), (227, 4, 4)])
+def test_tiles_of_heads_of_128_in_bf16(shared_kib: int, num_warps: int, num_stages: int) -> None:
+    tiles = decode_tiles(128, 2, shared_kib * 1024)
+    assert (tiles.num_warps, tiles.num_stages) == (num_warps, num_stages)
