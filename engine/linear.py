@@ -8,13 +8,30 @@ adapted by name finds its part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from engine.kernels import activations, norms
+from engine.kernels.fp8 import fp8_matmul, fp8_obstacle, quantize_weight
+from engine.kernels.skinny_linear import Activation, SkinnyDevice, SkinnyPlan, skinny_linear
+
 WeightFormat = Literal["dense", "fp8"]
+
+
+class RowNorm(Protocol):
+    """An RMSNorm as engine.kernels.norms takes it."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def offset(self) -> float: ...
+    @property
+    def round_before_weight(self) -> bool: ...
 
 
 class Linear(nn.Module):
@@ -42,12 +59,18 @@ class Linear(nn.Module):
         self.weight_format: WeightFormat = "dense"
         self.weight = _frozen(weight_NE)
         self.bias = None if bias_N is None else _frozen(bias_N)
+        self.weight_scale: torch.Tensor | None
         self.register_buffer("weight_scale", None)
+        self._skinny: SkinnyDevice | None = None
+        # Whose weights are views of this one. A tuple: they are not part of this module.
+        self._sharers: tuple[Any, ...] = ()
 
     @classmethod
     def from_linear(cls, linear: Any, name: str) -> Linear:
         """The product of `linear`, an nn.Linear or like one, on the same memory: tied weights stay tied."""
-        return cls(linear.weight.detach(), _bias(linear), (name,))
+        made = cls(linear.weight.detach(), _bias(linear), (name,))
+        made._sharers = (linear,)
+        return made
 
     @classmethod
     def merge(cls, linears: Sequence[Any], names: Sequence[str] | None = None) -> Linear:
@@ -60,6 +83,8 @@ class Linear(nn.Module):
         first = weights[0]
         if any(weight.shape[1] != first.shape[1] or weight.dtype != first.dtype for weight in weights):
             raise ValueError(f"linears of different inputs or dtypes: {[(tuple(w.shape), w.dtype) for w in weights]}")
+        if any(getattr(linear, "weight_scale", None) is not None for linear in linears):
+            raise ValueError("linears are merged before they are quantized")
         rows = [weight.shape[0] for weight in weights]
         if names is None:
             names = [name for linear in linears for name in linear.sources]
@@ -83,19 +108,105 @@ class Linear(nn.Module):
                 merged.bias[start : start + count].copy_(bias)
                 linear.bias.data = merged.bias.data[start : start + count]
             start += count
+        merged._sharers = tuple(linears)
         return merged
 
-    def forward(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., E] -> [..., N]. out: [T, N] memory for the result, T the product of the leading sizes."""
+    def quantize(self) -> None:
+        """Turn the weight into FP8, a scale for each row. What shares the old weight's memory loses it and works no more.
+
+        Raises ValueError, with the reason, where card or sizes do not allow FP8 products.
+        """
+        if self.weight_format == "fp8":
+            return
+        obstacle = fp8_obstacle(self.weight.device, self.weight)
+        if obstacle is not None:
+            raise ValueError(obstacle)
+        stored, scale = quantize_weight(self.weight)
+        for sharer in self._sharers:
+            sharer.weight.data = sharer.weight.data.new_empty(0)
+        self._sharers = ()
+        self.weight = _frozen(stored)
+        self.weight_scale = scale
+        self.weight_format = "fp8"
+
+    def use_skinny(self, device: SkinnyDevice | None) -> None:
+        """From now on multiply few rows by the kernels of engine.kernels.skinny_linear, where they are the faster way."""
+        self._skinny = device
+
+    def fuses(self, rows: int, *, norm: bool = False, gated: bool = False) -> bool:
+        """Whether `forward` takes so many rows, with what goes around the product, as one kernel."""
+        plan = self._plan(rows, gated)
+        return plan is not None and (plan.kind == "vector" or not norm)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: RowNorm | None = None,
+        activation: Activation | None = None,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """activation(norm(x) W^T + b): x [..., E] -> [..., N]; with an activation, whose gate rows come first, [..., N / 2].
+
+        residual: [..., N], to which the result is added in place; it is returned. out: memory [T, N] (or [T, N / 2]) for the
+        result, T the product of x's leading sizes.
+        """
         x_TE = x.reshape(-1, self.in_features)
-        y_TN = F.linear(x_TE, self.weight, self.bias)
-        if out is not None:
-            y_TN = out.copy_(y_TN)
-        return y_TN.view(*x.shape[:-1], self.out_features)
+        plan = self._plan(x_TE.shape[0], activation is not None)
+        if plan is not None and norm is not None and plan.kind != "vector":
+            x_TE, norm = _normed(x_TE, norm), None
+        if plan is not None and self._skinny is not None:
+            y = skinny_linear(
+                x_TE,
+                self.weight,
+                plan,
+                self._skinny.workspace,
+                weight_scale_N=self.weight_scale,
+                bias_N=self.bias,
+                norm_weight_E=None if norm is None else norm.weight,
+                eps=0.0 if norm is None else norm.eps,
+                norm_offset=0.0 if norm is None else norm.offset,
+                activation=activation,
+                residual_MN=None if residual is None else residual.view(-1, self.out_features),
+                out_MN=out,
+                pdl=self._skinny.card.has_dependent_launch,
+            )
+        else:
+            y = self._product(x_TE if norm is None else _normed(x_TE, norm))
+            if activation is not None:
+                y = _gated(y, activation)
+            if residual is not None:
+                y = residual.view(y.shape).add_(y)
+            elif out is not None:
+                y = out.copy_(y)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _product(self, x_TE: torch.Tensor) -> torch.Tensor:
+        if self.weight_scale is not None:
+            return fp8_matmul(x_TE, self.weight, self.weight_scale, self.bias)
+        return F.linear(x_TE, self.weight, self.bias)
+
+    def _plan(self, rows: int, gated: bool) -> SkinnyPlan | None:
+        skinny = self._skinny
+        if skinny is None:
+            return None
+        return skinny.plan(rows, self.out_features, self.in_features, self.weight.dtype.itemsize, gated)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{'+'.join(self.sources)}: {self.in_features} -> {self.out_features}, bias={bias}, {self.weight_format}"
+
+
+def _normed(x_TE: torch.Tensor, norm: RowNorm) -> torch.Tensor:
+    apply = norms.rms_norm if x_TE.is_cuda else norms.rms_norm_reference
+    return apply(x_TE, norm.weight, norm.eps, offset=norm.offset, round_before_weight=norm.round_before_weight)
+
+
+def _gated(y_T2F: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "silu":
+        return activations.silu_mul(y_T2F) if y_T2F.is_cuda else activations.silu_mul_reference(y_T2F)
+    return activations.gelu_tanh_mul(y_T2F) if y_T2F.is_cuda else activations.gelu_tanh_mul_reference(y_T2F)
 
 
 def _bias(linear: Any) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ The bits of a row do not depend on the number of rows within one kernel. Names: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -30,13 +31,16 @@ from engine.kernels.compiler import tl, triton
 MAX_VECTOR_ROWS = 4
 MAX_ROWS = 64
 Activation = Literal["silu", "gelu_tanh"]
+_SMALLEST_WEIGHT = 1 << 18
+"""Elements below which a product is all launch, whoever makes it."""
 _LANE = 8  # inputs a thread loads at once: 16 bytes of a 16-bit weight
 
 
 @dataclass(frozen=True, slots=True)
 class SkinnyPlan:
     """How one product is cut. block_rows: rows of x a program holds (padded); block_n, block_e: its tile of W; splits: programs
-    along E; prefetch: inputs of each row of W fetched before the predecessor has ended, 0 without that."""
+    along E (matrix); num_stages: tiles of W under way (vector: 1 or 2). As a programmatic dependent: prefetch: inputs of each
+    row of W asked for before the predecessor has ended; trigger: inputs after which the successor may start, -1 for at once."""
 
     kind: Literal["vector", "matrix"]
     block_rows: int
@@ -45,7 +49,30 @@ class SkinnyPlan:
     splits: int
     num_warps: int
     num_stages: int
-    prefetch: int
+    prefetch: int = 0
+    trigger: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What of a GPU decides a plan. shared_bytes: shared memory that one program may have."""
+
+    capability: tuple[int, int]
+    shared_bytes: int
+    num_sms: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Card:
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            (properties.major, properties.minor),
+            properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
+            properties.multi_processor_count,
+        )
+
+    @property
+    def has_dependent_launch(self) -> bool:
+        return self.capability >= (9, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +90,48 @@ class SkinnyWorkspace:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class SkinnyDevice:
+    """A card, and the workspace for one stream of it."""
+
+    card: Card
+    workspace: SkinnyWorkspace
+
+    @classmethod
+    def of(cls, device: torch.device) -> SkinnyDevice:
+        return cls(Card.of(device), SkinnyWorkspace.allocate(device))
+
+    def plan(self, rows: int, num_outputs: int, num_inputs: int, weight_bytes: int, gated: bool = False) -> SkinnyPlan | None:
+        return plan_skinny(rows, num_outputs, num_inputs, weight_bytes, gated, self.card)
+
+
+@cache
+def plan_skinny(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int, gated: bool, card: Card) -> SkinnyPlan | None:
+    """How to multiply `rows` rows by a weight of so many bytes an element, or None where cuBLAS is not beaten.
+
+    gated: with an activation. Only 16-bit activations have plans.
+    """
+    if not 1 <= rows <= MAX_ROWS or weight_bytes > 2 or num_inputs % 16 or num_outputs * num_inputs < _SMALLEST_WEIGHT:
+        return None
+    if rows <= MAX_VECTOR_ROWS:
+        warps = 8 if num_inputs >= 8192 else 4
+        return SkinnyPlan("vector", 1 if rows == 1 else MAX_VECTOR_ROWS, 4, 256 * warps, 1, warps, 1, 1024, 1 << 20)
+    block_rows = 16 if rows <= 16 else 64
+    block_n, block_e, num_warps, num_stages = (64, 256, 4, 3) if block_rows == 16 else (64, 128, 4, 4)
+    tiles = triton.cdiv(num_outputs, block_n)
+    splits = 1 if tiles >= 2 * card.num_sms else 2
+    while num_stages > 2 and _shared_bytes(block_rows, block_n, block_e, num_stages, weight_bytes) > card.shared_bytes:
+        num_stages -= 1
+    while _shared_bytes(block_rows, block_n, block_e, num_stages, weight_bytes) > card.shared_bytes:
+        block_e //= 2
+    return SkinnyPlan("matrix", block_rows, block_n, block_e, splits, num_warps, num_stages, 512, 1 << 20)
+
+
+def _shared_bytes(block_rows: int, block_n: int, block_e: int, num_stages: int, weight_bytes: int) -> int:
+    """Shared memory of a matrix program: its tiles of W and x under way. The result passes through less."""
+    return num_stages * block_e * (block_n * weight_bytes + block_rows * 2)
+
+
 @triton.jit
 def _fetch_ahead(weight_ptr, rows_N, start, E: tl.constexpr, COLUMNS: tl.constexpr, LINE: tl.constexpr):
     """Asks the L2 for COLUMNS inputs of each row, from `start` on, a cache line of LINE of them at a time."""
@@ -71,6 +140,14 @@ def _fetch_ahead(weight_ptr, rows_N, start, E: tl.constexpr, COLUMNS: tl.constex
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def _load_weights(weight_ptrs, start, e, E: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(weight_ptrs + start, mask=(start + e < E)[None, :], other=0.0, eviction_policy="evict_first")
+    else:
+        return tl.load(weight_ptrs + start, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -121,6 +198,7 @@ def _vector_kernel(
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TRIGGER: tl.constexpr,
 ):
     slot = tl.arange(0, BLOCK_N)
     if ACTIVATION is not None:  # gate and up rows side by side
@@ -128,14 +206,18 @@ def _vector_kernel(
         row_N = tl.minimum(row_N, num_outputs - 1) + (slot % 2) * num_outputs
     else:
         row_N = tl.minimum(tl.program_id(0) * BLOCK_N + slot, num_outputs - 1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            _fetch_ahead(weight_ptr, row_N, 0, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
-        tl.extra.cuda.gdc_wait()
-
     e = tl.arange(0, BLOCK_E)
     weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
+    if PDL:
+        if TRIGGER < 0:
+            tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            _fetch_ahead(weight_ptr, row_N, 0, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+    if STAGES > 1:  # the next tile's loads are under way while this one is multiplied, the first one's before x is there
+        w_next = _load_weights(weight_ptrs, 0, e, E, E < BLOCK_E)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
     acc0 = tl.zeros([BLOCK_N, BLOCK_E // LANE], tl.float32)
     acc1 = acc0
     acc2 = acc0
@@ -144,13 +226,16 @@ def _vector_kernel(
     squares1 = squares0
     squares2 = squares0
     squares3 = squares0
-    for start in tl.range(0, E, BLOCK_E, num_stages=STAGES):
-        if E % BLOCK_E == 0:
-            w = tl.load(weight_ptrs + start, eviction_policy="evict_first").to(tl.float32)
-            inside = e >= 0
+    for start in tl.range(0, E, BLOCK_E, num_stages=1):
+        if PDL and TRIGGER >= 0:  # noqa: SIM102 (known at compile time, unlike what follows)
+            if start == TRIGGER:
+                tl.extra.cuda.gdc_launch_dependents()
+        if STAGES > 1:
+            w = w_next.to(tl.float32)
+            w_next = _load_weights(weight_ptrs, start + BLOCK_E, e, E, True)
         else:
-            inside = start + e < E
-            w = tl.load(weight_ptrs + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+            w = _load_weights(weight_ptrs, start, e, E, E % BLOCK_E != 0).to(tl.float32)
+        inside = start + e < E
         if NORM:
             norm = tl.load(norm_ptr + start + e, mask=inside, other=0.0).to(tl.float32) + NORM_OFFSET
         x = tl.load(x_ptr + start + e, mask=inside, other=0.0).to(tl.float32)
@@ -176,6 +261,8 @@ def _vector_kernel(
                 x = x * norm
             acc3 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
 
+    if PDL and TRIGGER >= E:
+        tl.extra.cuda.gdc_launch_dependents()
     for m in tl.static_range(ROWS):
         if m == 0:
             y = tl.sum(acc0, axis=1)
@@ -267,6 +354,7 @@ def _matrix_kernel(
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TRIGGER: tl.constexpr,
 ):
     tile = tl.program_id(1)
     split = tl.program_id(0)
@@ -278,7 +366,8 @@ def _matrix_kernel(
         row_N = tl.minimum(tile * BLOCK_N + slot, num_outputs - 1)
     first = split * SPLIT_E
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if TRIGGER < 0:
+            tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
             _fetch_ahead(weight_ptr, row_N, first, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
         tl.extra.cuda.gdc_wait()
@@ -290,14 +379,15 @@ def _matrix_kernel(
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for step in tl.range(0, SPLIT_E // BLOCK_E, num_stages=STAGES):
         offset = step * BLOCK_E
+        w = _load_weights(weight_ptrs, offset, e, E, E != SPLITS * SPLIT_E)
         if E == SPLITS * SPLIT_E:
-            w = tl.load(weight_ptrs + offset, eviction_policy="evict_first")
             x = tl.load(x_ptrs + offset, mask=m[None, :] < num_rows, other=0.0)
         else:
-            w = tl.load(weight_ptrs + offset, mask=(e + offset < E)[None, :], other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptrs + offset, mask=(m[None, :] < num_rows) & (e + offset < E)[:, None], other=0.0)
         acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision="ieee")
 
+    if PDL and TRIGGER >= 0:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLITS == 1:
         _finish_matrix(
             acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
@@ -345,6 +435,7 @@ def skinny_linear(
     after triggering their dependents' own completion.
     """
     rows, num_inputs = x_ME.shape
+    assert x_ME.stride(1) == weight_NE.stride(1) == 1 and weight_NE.stride(0) == num_inputs
     num_outputs = weight_NE.shape[0] // (2 if activation else 1)
     if residual_MN is not None:
         y = residual_MN
@@ -371,11 +462,14 @@ def skinny_linear(
         "ACTIVATION": activation,
         "PDL": pdl,
         "PREFETCH": plan.prefetch if pdl else 0,
+        "TRIGGER": plan.trigger if pdl else -1,
     }
+    # The stride of a single row means nothing, and must not pick another specialisation of the kernel.
+    stride_x, stride_y = (x_ME.stride(0), y.stride(0)) if rows > 1 else (num_inputs, num_outputs)
     if plan.kind == "vector":
         norm = x_ME if norm_weight_E is None else norm_weight_E
         _vector_kernel[(tiles,)](
-            x_ME, weight_NE, scale, bias, norm, y, y, rows, num_outputs, x_ME.stride(0), y.stride(0), eps,
+            x_ME, weight_NE, scale, bias, norm, y, y, rows, num_outputs, stride_x, stride_y, eps,
             LANE=_LANE, NORM=norm_weight_E is not None, NORM_OFFSET=norm_offset, **shared, **options,
         )  # fmt: skip
         return y
@@ -388,7 +482,7 @@ def skinny_linear(
         if workspace is None or parts.numel() < needed or arrived.numel() < tiles:
             raise ValueError(f"a product split {plan.splits} times needs {4 * needed} bytes of workspace and {tiles} counters")
     _matrix_kernel[(plan.splits, tiles)](
-        x_ME, weight_NE, scale, bias, y, y, parts, arrived, rows, num_outputs, x_ME.stride(0), y.stride(0),
+        x_ME, weight_NE, scale, bias, y, y, parts, arrived, rows, num_outputs, stride_x, stride_y,
         SPLITS=plan.splits, SPLIT_E=split_e, **shared, **options,
     )  # fmt: skip
     return y

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from engine.kernels.skinny_linear import Card, SkinnyDevice, SkinnyWorkspace
 from engine.linear import Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,3 +74,72 @@ def test_the_result_goes_where_it_is_asked_to() -> None:
     y = Linear.from_linear(source, "o_proj")(x, out=out)
     assert y.data_ptr() == out.data_ptr()
     torch.testing.assert_close(out, source(x))
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: torch.Tensor
+    eps: float = 1e-5
+    offset: float = 0.0
+    round_before_weight: bool = True
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((out.float() - reference.float()).norm() / reference.float().norm())
+
+
+def skinny_device() -> SkinnyDevice:
+    """The device's, or one for Triton's interpreter."""
+    if DEVICE == "cuda":
+        return SkinnyDevice.of(torch.device(DEVICE))
+    return SkinnyDevice(Card((8, 0), 163 << 10, 4), SkinnyWorkspace.allocate(DEVICE))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9, 70])
+@pytest.mark.parametrize("weight_format", ["dense", "fp8"])
+def test_few_rows_come_out_like_many_and_so_does_what_goes_around_the_product(rows: int, weight_format: str) -> None:
+    if weight_format == "fp8" and DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    linear = Linear(torch.randn(512, 512, device=DEVICE).half() / 20, torch.randn(512, device=DEVICE).half(), ("a",))
+    x = torch.randn(1, rows, 512, device=DEVICE).half()
+    norm = Norm(torch.rand(512, device=DEVICE).half() + 0.5)
+    residual = torch.randn(1, rows, 512, device=DEVICE).half()
+    options: list[dict[str, Any]] = [{}, {"norm": norm}, {"activation": "silu", "norm": norm}, {"activation": "gelu_tanh"}]
+    expected = [linear(x, **option) for option in options]
+    added = linear(x, residual=residual.clone())
+    if weight_format == "fp8":
+        linear.quantize()
+    linear.use_skinny(skinny_device())
+    assert linear.fuses(rows) == (rows <= 64)
+    limit = 0.08 if weight_format == "fp8" else 5e-3
+    for option, want in zip(options, expected, strict=True):
+        y = linear(x, **option)
+        assert y.shape == want.shape
+        assert relative_error(y, want) < limit
+    memory = residual.clone()
+    y = linear(x, residual=memory)
+    assert y.data_ptr() == memory.data_ptr() and relative_error(y, added) < limit
+
+
+def test_a_quantized_weight_frees_the_one_it_came_from() -> None:
+    sources = linears(32, 16, bias=True)
+    merged = Linear.merge(sources, ["gate_proj", "up_proj"])
+    x = torch.randn(3, 32, device=DEVICE)
+    want = merged(x)
+    merged.quantize()
+    assert merged.weight.dtype == torch.float8_e4m3fn and merged.weight_scale is not None
+    assert merged.weight_format == "fp8"
+    assert all(source.weight.numel() == 0 for source in sources)
+    assert relative_error(merged(x), want) < 0.08
+    merged.quantize()  # once is enough
+    with pytest.raises(ValueError, match="before they are quantized"):
+        Linear.merge([merged], ["a"])
+
+
+def test_what_cannot_be_quantized_says_why_and_stays() -> None:
+    (source,) = linears(30)
+    linear = Linear.from_linear(source, "odd")
+    with pytest.raises(ValueError, match="divisible by 16"):
+        linear.quantize()
+    assert linear.weight_format == "dense"
+    torch.testing.assert_close(linear(torch.eye(32, device=DEVICE)), source.weight.T)

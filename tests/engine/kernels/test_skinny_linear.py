@@ -8,12 +8,19 @@ import pytest
 import torch
 
 from engine.kernels.fp8 import quantize_weight
-from engine.kernels.skinny_linear import SkinnyPlan, SkinnyWorkspace, skinny_linear, skinny_linear_reference
+from engine.kernels.skinny_linear import (
+    Card,
+    SkinnyPlan,
+    SkinnyWorkspace,
+    plan_skinny,
+    skinny_linear,
+    skinny_linear_reference,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 VECTOR = SkinnyPlan("vector", block_rows=1, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=1, prefetch=0)
-VECTOR_4 = SkinnyPlan("vector", block_rows=4, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=1, prefetch=0)
+VECTOR_4 = SkinnyPlan("vector", block_rows=4, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=2, prefetch=0)
 MATRIX = SkinnyPlan("matrix", block_rows=16, block_n=16, block_e=32, splits=1, num_warps=4, num_stages=2, prefetch=0)
 MATRIX_SPLIT = SkinnyPlan("matrix", block_rows=16, block_n=32, block_e=32, splits=3, num_warps=4, num_stages=2, prefetch=0)
 PLANS = {"vector": VECTOR, "vector of 4": VECTOR_4, "matrix": MATRIX, "matrix, split": MATRIX_SPLIT}
@@ -133,3 +140,42 @@ def test_what_a_plan_cannot_do_is_refused() -> None:
         skinny_linear(x, weight, MATRIX_SPLIT, SkinnyWorkspace.allocate(DEVICE, parts_bytes=64, tiles=64))
     with pytest.raises(ValueError, match="only vector plans"):
         skinny_linear(x, weight, MATRIX, norm_weight_E=randn(64))
+
+
+LLAMA_WEIGHTS = [(6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False)]
+KIB = 1024
+
+
+@pytest.mark.parametrize("card", [Card((8, 6), 99 * KIB, 84), Card((8, 0), 163 * KIB, 108), Card((9, 0), 227 * KIB, 132)])
+@pytest.mark.parametrize("weight_bytes", [1, 2])
+def test_plans_fit_the_card_and_the_workspace(card: Card, weight_bytes: int) -> None:
+    workspace = SkinnyWorkspace.allocate("cpu")
+    for rows in (1, 2, 3, 4, 5, 8, 16, 17, 32, 64):
+        for num_outputs, num_inputs, gated in LLAMA_WEIGHTS:
+            plan = plan_skinny(rows, num_outputs, num_inputs, weight_bytes, gated, card)
+            if plan is None:
+                continue
+            assert plan.block_rows >= rows
+            if plan.kind == "matrix":
+                tiles_bytes = plan.block_e * (plan.block_n * weight_bytes + plan.block_rows * 2)
+                assert plan.num_stages >= 2 and plan.num_stages * tiles_bytes <= card.shared_bytes
+                tiles = -(-num_outputs // plan.block_n)
+                assert plan.splits == 1 or tiles <= workspace.arrived.numel()
+                assert plan.splits == 1 or tiles * plan.splits * plan.block_n * plan.block_rows <= workspace.parts.numel()
+
+
+def test_there_are_few_kernels_to_compile_for_a_model() -> None:
+    card = Card((9, 0), 227 * KIB, 132)
+    plans = {
+        (plan_skinny(rows, num_outputs, num_inputs, 2, gated, card), num_inputs, gated)
+        for rows in range(1, 65)
+        for num_outputs, num_inputs, gated in LLAMA_WEIGHTS
+    }
+    assert len(plans) <= 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_inputs", "weight_bytes"), [(0, 4096, 2), (65, 4096, 2), (1, 4100, 2), (1, 4096, 4)], ids=str
+)
+def test_products_that_are_left_to_cublas(rows: int, num_inputs: int, weight_bytes: int) -> None:
+    assert plan_skinny(rows, 4096, num_inputs, weight_bytes, False, Card((9, 0), 227 * KIB, 132)) is None
