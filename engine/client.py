@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -91,6 +91,9 @@ class RequestStream:
     A reader that keeps up sees a delta for every output of the engine. What comes in while it is behind is joined on arrival:
     it then gets few long deltas instead of many short ones, and neither its time nor our memory goes into their number.
 
+    shortcut: takes what is new in the reader's place, without waking its task, while that waits and the stream goes on. It
+    returns what the reader then has to await first, or None; what it raises, the reader gets.
+
     Raises RequestFailed or EngineUnavailable where the engine gave up. Leaving the `async with` aborts what is unfinished.
     """
 
@@ -105,6 +108,7 @@ class RequestStream:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self.finished = False
+        self.shortcut: Callable[[list[ChoiceDelta]], Awaitable[None] | None] | None = None
         self._choices = choices
         self._num_unfinished = len(choices)
         self._eos_token_ids = eos_token_ids
@@ -112,9 +116,13 @@ class RequestStream:
         self._news: dict[int, ChoiceDelta] = {}
         self._error: OctavoError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._unfinished: Awaitable[None] | None = None
 
     def take(self, output: RequestOutput) -> int | None:
-        """Add an engine output; returns the choice's index when a stop string ended it, so that the engine can be told."""
+        """Add an engine output; returns the choice's index when a stop string ended it, so that the engine can be told.
+
+        The reader hears of it with the next `deliver`.
+        """
         if output.error is not None:
             self.fail(output.error.to_exception())
             return None
@@ -145,7 +153,6 @@ class RequestStream:
             self._news[delta.choice_index] = delta
         else:
             unread.extend(delta)
-        self._wake()
         return output.choice_index if stopped and output.finish_reason is None else None
 
     def _read(
@@ -167,13 +174,21 @@ class RequestStream:
         """End the stream with an error, after what has arrived."""
         self._error = error
         self.finished = True
-        self._wake()
 
-    def _wake(self) -> None:
-        if self._waiter is not None:
-            if not self._waiter.done():  # it may have been cancelled
-                self._waiter.set_result(None)
-            self._waiter = None
+    def deliver(self) -> None:
+        """Give the reader what is new, if it waits for it. One that is busy finds it by itself."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            return
+        if self.shortcut is not None and not self.finished:
+            news, self._news = self._news, {}
+            try:
+                self._unfinished = self.shortcut(list(news.values()))
+            except Exception as error:  # the other streams are not to suffer for it
+                self._unfinished = _raise(error)
+            if self._unfinished is None:
+                return
+        waiter.set_result(None)
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
         return self
@@ -186,6 +201,9 @@ class RequestStream:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+            if self._unfinished is not None:
+                unfinished, self._unfinished = self._unfinished, None
+                await unfinished
         news, self._news = self._news, {}
         return list(news.values())
 
@@ -202,6 +220,10 @@ class RequestStream:
         self._abort(self.request_id)
 
 
+async def _raise(error: Exception) -> None:
+    raise error
+
+
 class EngineClient:
     """One frontend's connection to one engine. `start` returns at once; `state` tells how far the engine is."""
 
@@ -211,6 +233,7 @@ class EngineClient:
         self._client_id = secrets.token_hex(6)
         self._numbers = itertools.count(1)
         self._streams: dict[str, RequestStream] = {}
+        self._touched: dict[str, RequestStream] = {}
         self._answers: dict[str, asyncio.Future[None]] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
@@ -335,7 +358,8 @@ class EngineClient:
     def _read(self) -> None:
         """Take in what has come. The socket's descriptor signals once for all messages, so they are read until there is none.
 
-        A zmq.asyncio socket does the same with three more futures a message, and never lets go while messages come in.
+        Streams hear of it at the end: all steps of a turn go into one event. A zmq.asyncio socket would need futures for every
+        message, and never let go while messages come in.
         """
         if self._read_again is not None:
             self._read_again.cancel()
@@ -350,6 +374,12 @@ class EngineClient:
             # The loop would only log it: without this, every stream would wait for ever.
             logger.exception("reading from the engine failed")
             self._fail_engine(EngineUnavailable(f"reading from the engine failed: {error}"))
+        self._deliver()
+
+    def _deliver(self) -> None:
+        touched, self._touched = self._touched, {}
+        for stream in touched.values():
+            stream.deliver()
 
     def _dispatch(self, message: EngineMessage) -> None:
         match message:
@@ -376,6 +406,7 @@ class EngineClient:
             stream = streams.get(output.request_id)
             if stream is None:
                 continue  # abandoned while this was on its way
+            self._touched[output.request_id] = stream
             stopped_choice = stream.take(output)
             if stopped_choice is not None:
                 self._send(Abort(output.request_id, stopped_choice))
@@ -419,6 +450,7 @@ class EngineClient:
     def _fail_all(self, error: OctavoError) -> None:
         for stream in self._streams.values():
             stream.fail(error)
+            stream.deliver()
         self._streams.clear()
         for answer in self._answers.values():
             if not answer.done():

@@ -139,9 +139,11 @@ class ByteTextSource:
         self._skipped = skipped
         self._texts = token_bytes.texts(skipped)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in prompt_token_ids[-PROMPT_TAIL_TOKENS:]:
-            if token_id not in skipped:
-                self._decoder.decode(token_bytes[token_id])
+        # After a token of whole characters nothing is unfinished, whatever stood before it.
+        if not (prompt_token_ids and self._texts[prompt_token_ids[-1]]):
+            for token_id in prompt_token_ids[-PROMPT_TAIL_TOKENS:]:
+                if token_id not in skipped:
+                    self._decoder.decode(token_bytes[token_id])
         self._strip_next = token_bytes.strips_first_space and not any(
             token_id not in skipped and token_bytes[token_id] for token_id in prompt_token_ids
         )

@@ -29,13 +29,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
 import psutil
 from bench_frontend_engine import build_model_folder
+from bench_frontend_parts import measure_parts
 from bench_report import percentile
 from bench_serving import path_of, words
 
@@ -43,6 +44,7 @@ SCRIPTS = Path(__file__).resolve().parent
 START_TIMEOUT_S = 60
 RUN_TIMEOUT_S = 300
 READ_SIZE = 2**18
+PARTS_STEPS = 100
 TAIL_BYTES = 1024  # holds the last events of a stream, usage among them
 
 
@@ -304,7 +306,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=Load.rounds, help="requests of every stream, one after the other")
     parser.add_argument("--input-len", type=int, default=Load.input_len, help="words of a prompt; a token each, about")
     parser.add_argument("--output-len", type=int, default=Load.output_len, help="tokens of an answer")
-    parser.add_argument("--rates", type=float, nargs="+", default=[15000, 30000, 60000], help="tokens a second that are offered")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[15000, 30000, 60000], help="tokens a second that are offered"
+    )
     parser.add_argument("--endpoint", choices=("completions", "chat"), default=Load.endpoint)
     parser.add_argument("--clients", type=int, default=Load.clients, help="client processes")
     parser.add_argument("--poll-ms", type=float, default=Load.poll_ms, help="a client's pause between two looks")
@@ -320,7 +324,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = build_model_folder(Path(name))
         loads = [Load(**options, rate=rate) for rate in args.rates]
-        print(f"{args.streams} streams × {args.rounds}, {args.input_len} words in, {args.output_len} tokens out, {args.endpoint}")
+        print(
+            f"{args.streams} streams × {args.rounds}, {args.input_len} words in, {args.output_len} tokens out, {args.endpoint}"
+        )
         record["rates"] = [describe_run(load, measure(folder, load, args.profile)) for load in loads]
         print_table(COLUMNS, record["rates"])
         record["request"] = [measure_requests(folder, Load(**options | {"input_len": length})) for length in (128, 512)]
@@ -329,6 +335,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"a request of {row['input_len']} words: {row['cpu_ms_per_request']:.2f} ms of CPU, first token after "
                 f"{row['ttft_ms_p50']:.2f} ms (p50), {row['ttft_ms_p99']:.2f} ms (p99), one request at a time"
             )
+        requests = [request_bytes(Load(**options | {"output_len": 4096}), index) for index in range(args.streams)]
+        record["parts"] = measure_parts(folder, requests, PARTS_STEPS)
+        print("µs/token by part: " + ", ".join(f"{name} {value:.2f}" for name, value in record["parts"].items()))
     if args.json:
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0

@@ -1,7 +1,7 @@
 """The server side of bench_frontend.py: a model folder without a model, an engine that computes nothing, and `octavo serve`.
 
-    bench_frontend_engine.py serve FOLDER STEP_RATE    the frontend; it starts the engine
-    bench_frontend_engine.py engine STEP_RATE          the engine, started as engine.supervisor starts the real one
+bench_frontend_engine.py serve FOLDER STEP_RATE    the frontend; it starts the engine
+bench_frontend_engine.py engine STEP_RATE          the engine, started as engine.supervisor starts the real one
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ def build_model_folder(folder: Path) -> Path:
     sizes = {"vocab_size": tokenizer.get_vocab_size(), "word_ids": word_ids}
     (folder / "config.json").write_text(json.dumps(sizes), encoding="utf-8")
     return folder
+
+
+def word_ids_of(folder: Path) -> tuple[list[int], int]:
+    """The tokens that are words, and the size of the vocabulary."""
+    sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return sizes["word_ids"], sizes["vocab_size"]
 
 
 def make_ready(folder: str, vocab_size: int) -> EngineReady:
@@ -130,12 +136,13 @@ def run_engine(step_rate: float) -> None:
     """Steps at fixed times while requests are open; one that is late does not move the others."""
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     end_with_parent(sys.stdin.fileno())
-    sizes = json.loads((Path(launch.config.model.model) / "config.json").read_text(encoding="utf-8"))
-    engine = FakeEngine(sizes["word_ids"])
+    folder = launch.config.model.model
+    word_ids, vocab_size = word_ids_of(Path(folder))
+    engine = FakeEngine(word_ids)
     socket = FrontendSocket(launch.address)
     while not socket.frontends:
         socket.receive(1000)
-    socket.broadcast(make_ready(launch.config.model.model, sizes["vocab_size"]))
+    socket.broadcast(make_ready(folder, vocab_size))
     next_step = next_stats = 0.0
     while True:
         wait_s = max(next_step - time.monotonic(), 0)
@@ -193,7 +200,7 @@ def serve(folder: str, step_rate: str) -> int:
     from server import cli
 
     command = (sys.executable, str(Path(__file__).resolve()), "engine", step_rate)
-    cli.Supervisor = partial(Supervisor, command=command)  # type: ignore[misc, assignment]
+    setattr(cli, "Supervisor", partial(Supervisor, command=command))  # noqa: B010 (a class in its place, for a type checker)
     profile = os.environ.get("BENCH_PROFILE")
     sampler = Sampler() if profile else None
     code = cli.run(["serve", folder, "--port", "0", "--device", "cpu"])

@@ -14,6 +14,8 @@ from server.errors import Unauthorized, octavo_error_response
 
 OPEN_PATHS = frozenset({"/health"})
 REQUEST_ID_HEADER = "X-Request-Id"
+SEND_BODY = "octavo.send_body"
+"""Key in the scope: a way to send for messages after the first, past the layers that only look at that one."""
 
 
 class Access:
@@ -39,6 +41,7 @@ class Access:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
+        scope[SEND_BODY] = send
         app = self._app
         if self._api_keys and scope["path"] not in OPEN_PATHS and not self._has_key(headers):
             message = "A wrong API key." if "authorization" in headers else "This server wants an API key."

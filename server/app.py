@@ -27,7 +27,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     """The application. It may be served before the engine is ready: requests get a 503 that says how far it is."""
     state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats))
     app = FastAPI(title="Octavo", version=health.VERSION, redoc_url=None, redirect_slashes=False)
-    for module in (health, models, completions, chat):
+    for module in (completions, chat, models, health):  # tried in this order, so the busy ones first
         app.include_router(module.router(state))
     app.add_middleware(Access, api_keys=config.api_key)
     app.add_exception_handler(OctavoError, errors.on_octavo_error)

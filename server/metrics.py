@@ -58,8 +58,8 @@ class _EngineCollector(Collector):
 
 
 class _Histogram(Collector):
-    """A histogram cheap enough for every token: a search and two additions, where the library's own walks through the buckets and
-    takes two locks. Observed and scraped on one thread, the event loop's.
+    """A histogram cheap enough for every token: a search and two additions, where the library's own walks through the buckets
+    and takes two locks. Observed and scraped on one thread, the event loop's.
     """
 
     def __init__(self, name: str, text: str, model_name: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 from contextlib import aclosing
+from typing import Any, Protocol
 
 import msgspec
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from server.access import SEND_BODY
 from server.disconnect import unless_disconnected
 from server.errors import ClientDisconnected
 
@@ -40,42 +42,97 @@ class EventTemplate:
         return self._head + _encode_text(text) + self._tail
 
 
+class EventSource(Protocol):
+    """An answer on its way to being streamed."""
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """All of it, event by event; it may be left at any time."""
+        ...
+
+    def set_shortcut(self, send: Callable[[bytes], Awaitable[None] | None]) -> None:
+        """Give events to `send` instead, while whoever reads `events` waits for the next one and it is not the last.
+
+        It returns what the reader then has to await first, or None.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. May be called again."""
+        ...
+
+
 class EventStream(EventSourceResponse):
-    """Streams events that are already bytes, and calls `on_close` exactly once when the response is over.
+    """Streams the events of a source, and closes it when the response is over, however it ends.
 
-    `on_close` is here besides the generator's own `finally` because a generator that never started has none to run: the client
-    may be gone before the first event.
+    That is here besides the generator's own `finally` because a generator that never started has none to run: the client may be
+    gone before the first event.
 
-    The library's own loop costs several tasks a stream, and a cancel scope and a lock an event; this one has a task that waits
-    for the disconnect and a timer for the pings.
+    The library's own loop costs several tasks a stream, and a cancel scope and a lock an event. Here a stream has one task, and
+    one that waits for the disconnect. An event of a stream that keeps up wakes neither: it is sent from where it came up, as
+    far as that can be done at once, and only a send that has to wait for the client is left to the stream's task.
     """
 
-    def __init__(
-        self, content: AsyncGenerator[bytes, None], *, headers: Mapping[str, str], on_close: Callable[[], None]
-    ) -> None:
-        super().__init__(content, headers=headers)
-        self._content = content
-        self._on_close = on_close
+    def __init__(self, source: EventSource, *, headers: Mapping[str, str]) -> None:
+        self._source = source
+        self._events = source.events()
+        super().__init__(self._events, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_disconnected(receive, self._stream(send))
+            await unless_disconnected(receive, self._stream(send, scope.get(SEND_BODY, send)))
         except ClientDisconnected:
             pass
         finally:
-            self._on_close()
+            self._source.close()
 
-    async def _stream(self, send: Send) -> None:
+    async def _stream(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pings = _Pings(send)
+        pings = _Pings(send_body)
+
+        def shortcut(chunk: bytes) -> Awaitable[None] | None:
+            pings.is_quiet = False
+            return start(send_body(_body(chunk)))
+
+        self._source.set_shortcut(shortcut)
         try:
-            async with aclosing(self._content):
-                async for chunk in self._content:
+            async with aclosing(self._events):
+                async for chunk in self._events:
                     pings.is_quiet = False
-                    await send(_body(chunk))
+                    await send_body(_body(chunk))
         finally:
             pings.stop()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def start(work: Awaitable[None]) -> Awaitable[None] | None:
+    """Do `work` as far as it gets without waiting: None where that is all of it, else the rest, to be awaited by a task."""
+    steps = work.__await__()
+    try:
+        waits_for = next(steps)
+    except StopIteration:
+        return None
+    return _Rest(steps, waits_for)
+
+
+class _Rest:
+    """Work from its first wait on. `waits_for`: what it has asked its task, which it did not have yet, to wait for."""
+
+    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any) -> None:
+        self._steps = steps
+        self._waits_for = waits_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        waits_for = self._waits_for
+        try:
+            while True:
+                try:
+                    result = yield waits_for
+                except BaseException as error:
+                    waits_for = self._steps.throw(error)
+                else:
+                    waits_for = self._steps.send(result)
+        except StopIteration:
+            return
 
 
 class _Pings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -158,7 +158,7 @@ def router(state: ServerState) -> APIRouter:
         body, headers = validate(ChatRequest, data, strict=state.config.strict)
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
-            return EventStream(answer.events(), headers=headers, on_close=answer.generation.close)
+            return EventStream(answer, headers=headers)
         content = await unless_disconnected(request.receive, answer.whole())
         return Response(content, headers=headers, media_type="application/json")
 
@@ -248,16 +248,31 @@ class _Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events, each choice's role first; an error on the way becomes an event too."""
         try:
-            async for _, deltas in self.generation.deltas():
-                if chunk := b"".join([self._event(delta) for delta in deltas]):
+            async for prompt_index, deltas in self.generation.deltas():
+                if chunk := self._chunk(prompt_index, deltas):
                     yield chunk
             if self._include_usage:
-                yield event(msgspec.json.encode(self._chunk([], self.generation.usage())))
+                yield event(msgspec.json.encode(self._envelope([], self.generation.usage())))
         except Exception as error:
             yield event(error_event_body(error))
         finally:
             self.generation.close()
         yield DONE
+
+    def set_shortcut(self, send: Callable[[bytes], Awaitable[None] | None]) -> None:
+        """See server.sse.EventSource."""
+
+        def take(prompt_index: int, deltas: list[ChoiceDelta]) -> Awaitable[None] | None:
+            chunk = self._chunk(prompt_index, deltas)
+            return send(chunk) if chunk else None
+
+        self.generation.set_shortcut(take)
+
+    def close(self) -> None:
+        self.generation.close()
+
+    def _chunk(self, _prompt_index: int, deltas: list[ChoiceDelta]) -> bytes:
+        return b"".join([self._event(delta) for delta in deltas])
 
     def _event(self, delta: ChoiceDelta) -> bytes:
         """One delta's event, after that of the role where it is the choice's first; empty where there is nothing to say."""
@@ -275,9 +290,9 @@ class _Answer:
         return begin + event(self._encode_chunk(choice))
 
     def _encode_chunk(self, choice: ChunkChoice) -> bytes:
-        return msgspec.json.encode(self._chunk([choice], None if self._include_usage else msgspec.UNSET))
+        return msgspec.json.encode(self._envelope([choice], None if self._include_usage else msgspec.UNSET))
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> ChatChunk:
+    def _envelope(self, choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> ChatChunk:
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _logprobs(self, delta: ChoiceDelta) -> ChatLogprobs | None:

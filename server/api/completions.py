@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -84,7 +84,7 @@ def router(state: ServerState) -> APIRouter:
         body, headers = validate(CompletionRequest, data, strict=state.config.strict)
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
-            return EventStream(answer.events(), headers=headers, on_close=answer.generation.close)
+            return EventStream(answer, headers=headers)
         content = await unless_disconnected(request.receive, answer.whole())
         return Response(content, headers=headers, media_type="application/json")
 
@@ -190,7 +190,7 @@ class _Answer:
         """The answer as server-sent events; an error on the way becomes an event too."""
         try:
             async for prompt_index, deltas in self.generation.deltas():
-                if chunk := b"".join([self._event(prompt_index, delta) for delta in deltas]):
+                if chunk := self._chunk(prompt_index, deltas):
                     yield chunk
             if self._include_usage:
                 yield event(msgspec.json.encode(self._envelope([], self.generation.usage())))
@@ -199,6 +199,21 @@ class _Answer:
         finally:
             self.generation.close()
         yield DONE
+
+    def set_shortcut(self, send: Callable[[bytes], Awaitable[None] | None]) -> None:
+        """See server.sse.EventSource."""
+
+        def take(prompt_index: int, deltas: list[ChoiceDelta]) -> Awaitable[None] | None:
+            chunk = self._chunk(prompt_index, deltas)
+            return send(chunk) if chunk else None
+
+        self.generation.set_shortcut(take)
+
+    def close(self) -> None:
+        self.generation.close()
+
+    def _chunk(self, prompt_index: int, deltas: list[ChoiceDelta]) -> bytes:
+        return b"".join([self._event(prompt_index, delta) for delta in deltas])
 
     def _event(self, prompt_index: int, delta: ChoiceDelta) -> bytes:
         """One delta's event; empty where there is nothing to say."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
@@ -102,6 +102,16 @@ class Generation:
         except Exception:
             self._failed = True
             raise
+
+    def set_shortcut(self, take: Callable[[int, list[ChoiceDelta]], Awaitable[None] | None]) -> None:
+        """Let `take` have what `deltas` would give, while its reader waits (see RequestStream); with one prompt only."""
+
+        def shortcut(deltas: list[ChoiceDelta]) -> Awaitable[None] | None:
+            self._observe(0, deltas)
+            return take(0, deltas)
+
+        if len(self._streams) == 1:
+            self._streams[0].shortcut = shortcut
 
     def usage(self) -> Usage:
         """Of all prompts and choices, as far as they have come."""
