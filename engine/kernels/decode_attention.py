@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -23,9 +24,8 @@ from engine.kernels.compiler import tl, triton
 logger = logging.getLogger(__name__)
 
 NO_WINDOW = 2**31 - 1
-ITEM_FIELDS = (
-    8  # int32 a work item: row, slot, first visible key, first key, end key, number of the row's items, its first item
-)
+# int32 a work item: row, slot, first visible key, first key, end key, number of the row's items, its first item, unused
+ITEM_FIELDS = 8
 MAX_HEADS_PER_PROGRAM = 32
 KEYS_PER_WARP = 16  # what the matrix units take at least; one page of the usual size
 PLAN_ITEMS_PER_PROGRAM = 32
@@ -105,7 +105,7 @@ class DecodeWorkspace:
         """element_bytes: of a stored key. tiles and multiprocessors: the card's own unless given (as a CPU must)."""
         device = torch.device(device)
         if tiles is None or multiprocessors is None:
-            card = torch.cuda.get_device_properties(device)
+            card: Any = torch.cuda.get_device_properties(device)
             tiles = tiles or decode_tiles(head_dim, element_bytes, card.shared_memory_per_block_optin)
             multiprocessors = multiprocessors or card.multi_processor_count
         group = num_heads // num_kv_heads
@@ -237,9 +237,7 @@ def paged_decode_attention(
             if tiles.num_stages == 1:
                 raise
             workspace.tiles = replace(tiles, num_stages=tiles.num_stages - 1)
-            logger.warning(
-                "decode attention: %s; %d pipeline stages instead of %d", error, tiles.num_stages - 1, tiles.num_stages
-            )
+            logger.warning("decode attention: %s; now %d pipeline stages", error, tiles.num_stages - 1)
 
 
 def decode_attention_reference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -147,8 +148,7 @@ def test_a_step_of_padding_alone_gives_zeros() -> None:
     assert (case.run() == 0).all()
 
 
-@pytest.mark.parametrize("window", [1, 20, 32, 500])
-@pytest.mark.parametrize("multiprocessors", [1, 16])
+@pytest.mark.parametrize(("window", "multiprocessors"), [(1, 16), (20, 1), (32, 16), (70, 16), (500, 16)])
 def test_a_window_reads_no_page_before_it(window: int, multiprocessors: int) -> None:
     Case([150, 31, 1, 97], window=window, multiprocessors=multiprocessors).check()
 
@@ -166,23 +166,20 @@ def test_window_soft_cap_and_sinks_together() -> None:
     Case([150, 31, 5], window=70, multiprocessors=16).check(softcap=5.0, sinks_H=torch.randn(4, device=DEVICE))
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads"), [(1, 1), (3, 1), (7, 7), (12, 4), (14, 2), (16, 1), (20, 1), (71, 1), (64, 1)]
-)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (3, 1), (6, 2), (16, 1), (20, 1), (71, 1)])
 def test_groups_of_any_size(num_heads: int, num_kv_heads: int) -> None:
-    case = Case([70, 9], num_heads=num_heads, num_kv_heads=num_kv_heads, multiprocessors=16)
+    case = Case([40, 9], num_heads=num_heads, num_kv_heads=num_kv_heads, multiprocessors=16)
     case.check(sinks_H=torch.randn(num_heads, device=DEVICE))
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 def test_head_sizes(head_dim: int) -> None:
-    Case([70, 9], head_dim=head_dim, multiprocessors=16).check()
+    Case([40, 9], head_dim=head_dim, multiprocessors=16).check()
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 32, 128])
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("block_size", "window"), [(1, None), (4, 50), (32, None), (128, 50)])
 def test_block_sizes(block_size: int, window: int | None) -> None:
-    Case([150, 9, 128], block_size=block_size, window=window, multiprocessors=16).check()
+    Case([90, 9, 128], block_size=block_size, window=window, multiprocessors=16).check()
 
 
 # Triton's interpreter multiplies no bfloat16 matrices.
@@ -248,7 +245,7 @@ def test_the_plan_covers_every_key_once_in_even_items(window: int | None) -> Non
         parts = seen[row]
         start = 0 if window is None else max(0, length - window)
         assert parts[0][0] <= start < parts[0][0] + 32 and parts[-1][1] == length
-        assert all(earlier[1] == later[0] for earlier, later in zip(parts, parts[1:], strict=False))
+        assert all(earlier[1] == later[0] for earlier, later in pairwise(parts))
 
 
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
