@@ -223,9 +223,10 @@ def _scale(logits, temperature, inverse):
 
 @triton.jit
 def _load_tile(row_ptr, start, vocab_size, TILE: tl.constexpr):
-    """Logits of tokens start .. as float32 [TILE / 8, 8], and the token ids."""
+    """Logits of tokens start .. as float32 [TILE / 8, 8], -inf for NaN and past the end, and the token ids."""
     tokens = start + tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    return tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32), tokens
+    logits = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    return tl.where(logits > float("-inf"), logits, float("-inf")), tokens
 
 
 @triton.jit
@@ -239,7 +240,6 @@ def _pack(scores, tokens):
 @triton.jit
 def _best_of_tile(scores, tokens):
     """The best score of a tile and its lowest token, packed."""
-    scores = tl.where(scores == scores, scores, float("-inf"))
     best = tl.max(scores)
     return _pack(best, tl.min(tl.where(scores == best, tokens, 0x7FFFFFFF)))
 
@@ -322,13 +322,15 @@ def _draw_kernel(
     slot = tl.load(row_slots_ptr + row)
     if slot < 0:
         return
+    floor = float("-inf")
     if AGAIN:
+        floor = tl.load(floors_ptr + row)
         if tl.load(states_ptr + row) != _REJECTED:
             return
     start = tl.program_id(0) * TILE
     scores, tokens = _load_tile(logits_ptr + row.to(tl.int64) * row_stride, start, vocab_size, TILE)
     if AGAIN:
-        scores = tl.where(scores > tl.load(floors_ptr + row), scores, float("-inf"))
+        scores = tl.where(scores > floor, scores, float("-inf"))
     temperature = 0.0
     if MODE != "greedy":
         temperature = tl.load(temperature_ptr + slot)
@@ -393,7 +395,7 @@ def _check_kernel(
     tl.store(tile_ptr + 2, tl.sum(tl.where(deep, weights, 0.0)))
     tl.store(tile_ptr + 3, tl.sum(above.to(tl.int32)).to(tl.float32))
     tl.store(tile_ptr + 4, tl.sum(deep.to(tl.int32)).to(tl.float32))
-    tl.store(tile_ptr + 5, tl.max(tl.where(logits == logits, logits, float("-inf"))))
+    tl.store(tile_ptr + 5, tl.max(logits))
     if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(arrived_ptr + row, 0)
         tiles = tl.arange(0, TILES)
@@ -454,7 +456,7 @@ def _survey(row_ptr, vocab_size, value, to_log2, x0, x1, x2, x3, TILE: tl.conste
         n1 += tl.sum((logits > x1).to(tl.int32), axis=1)
         n2 += tl.sum((logits > x2).to(tl.int32), axis=1)
         n3 += tl.sum((logits > x3).to(tl.int32), axis=1)
-        best = tl.maximum(best, tl.max(tl.where(logits == logits, logits, float("-inf")), axis=1))
+        best = tl.maximum(best, tl.max(logits, axis=1))
     return tl.sum(m0), tl.sum(m1), tl.sum(m2), tl.sum(m3), tl.sum(n0), tl.sum(n1), tl.sum(n2), tl.sum(n3), tl.max(best)
 
 
@@ -474,7 +476,18 @@ def _narrow(key, mass, count, limit, low, high, low_mass, low_count, high_count,
 
 @triton.jit
 def _find(
-    row_ptr, vocab_size, value, to_log2, limit, low, high, low_mass, low_count, high_count, BY_COUNT: tl.constexpr, TILE: tl.constexpr
+    row_ptr,
+    vocab_size,
+    value,
+    to_log2,
+    limit,
+    low,
+    high,
+    low_mass,
+    low_count,
+    high_count,
+    BY_COUNT: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """A logit above which are exactly the tokens that top_k (BY_COUNT) or top_p keep, and their mass and number.
 

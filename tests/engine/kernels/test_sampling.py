@@ -16,6 +16,7 @@ from engine.philox import log_exponential, philox4x32, token_noise
 pytest.importorskip("triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+VOCAB = 1500  # one tile: the interpreter's time goes by programs, not by tokens
 
 
 @dataclass
@@ -93,8 +94,10 @@ def _noise_kernel(seed_ptr, index_ptr, words_ptr, noise_ptr, start, TILE: tl.con
     tl.store(noise_ptr + places, sampling._log_exponential(words))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1, -1, -(2**63), 0x0123456789ABCDEF])
-@pytest.mark.parametrize(("start", "index"), [(0, 0), (4096, 1), (128_000, 77_777), (8, 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("seed", "start", "index"),
+    [(0, 0, 0), (-1, 4096, 1), (-(2**63), 8, 2**31 - 1), (0x0123456789ABCDEF, 128_000, 77_777)],
+)
 def test_noise_is_philox_of_seed_output_index_and_token(seed: int, start: int, index: int) -> None:
     tile = 64
     words = torch.full((tile,), -1, device=DEVICE)
@@ -125,11 +128,10 @@ def test_noise_keeps_its_tails() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("mode", ["greedy", "random", "filtered"])
-@pytest.mark.parametrize("vocab", [61, 2048, 5003])
+@pytest.mark.parametrize(("mode", "vocab"), [("greedy", 5003), ("random", 5003), ("filtered", 61)])
 def test_greedy_and_random_rows(dtype: torch.dtype, mode: str, vocab: int) -> None:
-    temperature = torch.zeros(6) if mode == "greedy" else torch.tensor([0.0, 1.0, 0.3, 2.0, 0.0, 1.3])
-    make_case(random_logits(6, vocab), dtype, temperature=temperature).check(mode)
+    temperature = torch.zeros(4) if mode == "greedy" else torch.tensor([0.0, 1.0, 0.3, 2.0])
+    make_case(random_logits(4, vocab), dtype, temperature=temperature).check(mode)
 
 
 @pytest.mark.parametrize("mode", ["random", "filtered"])
@@ -164,31 +166,34 @@ def test_bad_numbers_neither_win_nor_crash(options: dict[str, float]) -> None:
 
 # -- filters ----------------------------------------------------------------------------------------------------------
 
-TOP_K = [1, 2, 7, 50, 400, 1999, 2999, 3000, 0]
-TOP_P = [1e-6, 0.1, 0.5, 0.8, 0.95, 0.999, 1.0]
-MIN_P = [0.0, 1e-4, 0.05, 0.5, 1.0]
+TOP_K = [1, 2, 50, 400, 1499, 1500, 0]
+TOP_P = [1e-6, 0.1, 0.5, 0.95, 1.0]
+MIN_P = [0.0, 1e-4, 0.05, 1.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1.0), (torch.float32, 6.0), (torch.float16, 3.0), (torch.bfloat16, 0.01)]
+)
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
 def test_one_filter(dtype: torch.dtype, scale: float, name: str) -> None:
     values = torch.tensor({"top_k": TOP_K, "top_p": TOP_P, "min_p": MIN_P}[name])
     rows = values.numel()
-    make_case(random_logits(rows, 3000, scale), dtype, temperature=0.5 + torch.rand(rows), **{name: values}).check()
+    make_case(random_logits(rows, VOCAB, scale), dtype, temperature=0.5 + torch.rand(rows), **{name: values}).check()
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_filters_together(seed: int) -> None:
-    torch.manual_seed(seed)
+@pytest.mark.parametrize(
+    ("dtype", "vocab"), [(torch.float32, 5003), (torch.float32, VOCAB), (torch.float16, VOCAB), (torch.bfloat16, VOCAB)]
+)
+def test_filters_together(dtype: torch.dtype, vocab: int) -> None:
+    rows = 6 if vocab == VOCAB else 2
 
     def choose(values: list[Any]) -> torch.Tensor:
-        return torch.tensor(values)[torch.randint(len(values), (12,))]
+        return torch.tensor(values)[torch.randint(len(values), (rows,))]
 
     case = make_case(
-        random_logits(12, 3000, 3.0) * torch.rand(12, 1),
-        torch.float32 if seed % 2 else torch.float16,
-        temperature=choose([0.0, 0.2, 0.7, 1.0, 2.0]),
+        random_logits(rows, vocab, 3.0) * torch.rand(rows, 1),
+        dtype,
+        temperature=choose([0.2, 0.7, 1.0, 2.0]),
         top_k=choose(TOP_K),
         top_p=choose(TOP_P),
         min_p=choose(MIN_P),
@@ -215,22 +220,22 @@ def test_search_alone_finds_the_same_tokens(
             return launch
 
     monkeypatch.setattr(sampling, "_draw_kernel", FirstDrawOnly())
-    make_case(random_logits(8, 3000), dtype, **options).check()
+    make_case(random_logits(3, VOCAB), dtype, **options).check()
     assert launches == [False, True]
 
 
 @pytest.mark.parametrize("levels", [[1.0], [3.0, 1.0], [2.0, 1.0, -1e-30, -3.0], [1.0, float("-inf")]])
-@pytest.mark.parametrize("top_k", [1, 30, 2000])
-@pytest.mark.parametrize("top_p", [0.3, 1.0])
-def test_equal_logits_are_kept_together(levels: list[float], top_k: int, top_p: float) -> None:
+def test_equal_logits_are_kept_together(levels: list[float]) -> None:
     """Few distinct values: the threshold is one of them, and all tokens that share it stay."""
-    logits = torch.tensor(levels)[torch.randint(len(levels), (4, 3000))]
-    make_case(logits, top_k=top_k, top_p=top_p).check()
+    logits = torch.tensor(levels)[torch.randint(len(levels), (6, VOCAB))]
+    top_p = torch.tensor([0.3, 1.0]).repeat(3)
+    make_case(logits, top_k=torch.tensor([1, 30, 1000]).repeat_interleave(2), top_p=top_p).check()
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter takes minutes for so many rows")
 def test_distribution_under_top_p() -> None:
     """Draws of many seeds follow the renormalised distribution of the kept tokens."""
-    rows = 1500
+    rows = 20_000
     probs = torch.tensor([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
     tokens = make_case(probs.log().expand(rows, -1), top_p=0.75).run()
     counts = torch.bincount(tokens, minlength=6).cpu() / rows
@@ -239,17 +244,17 @@ def test_distribution_under_top_p() -> None:
 
 
 def test_a_row_draws_the_same_alone_and_in_a_crowd() -> None:
-    crowd = make_case(random_logits(6, 5003), top_p=0.7, temperature=1.5)
+    crowd = make_case(random_logits(4, 2500), top_p=0.7, temperature=1.5)
     tokens = crowd.run().tolist()
-    for row in range(6):
+    for row in range(4):
         alone = Case(crowd.logits[row : row + 1], crowd.slots[row : row + 1], crowd.params)
         assert alone.run().tolist() == tokens[row : row + 1]
 
 
 def test_a_larger_workspace_serves_smaller_batches_again_and_again() -> None:
-    workspace = SamplingWorkspace.create(9, 3000, DEVICE)
-    for mode, rows in (("filtered", 5), ("greedy", 2), ("random", 9), ("filtered", 7)):
-        case = make_case(random_logits(rows, 3000), temperature=0.0 if mode == "greedy" else 1.0)
+    workspace = SamplingWorkspace.create(4, 2500, DEVICE)
+    for mode, rows in (("filtered", 3), ("greedy", 2), ("random", 4), ("filtered", 2)):
+        case = make_case(random_logits(rows, 2500), temperature=0.0 if mode == "greedy" else 1.0)
         if mode == "filtered":
             case.params.top_k.fill_(20)
         assert case.run(mode, workspace).tolist() == case.expected().tolist()
