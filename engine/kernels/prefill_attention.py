@@ -4,11 +4,12 @@ FlashAttention (arXiv 2205.14135, 2307.08691) over a ragged batch. A chunk's own
 activations, so only the cached context needs pages. All query heads of one key/value head are packed into a tile's rows: a tile
 is a few queries × G heads, which keeps the causal triangle's waste small and serves short chunks with the same kernel.
 
-The context is read in one of two ways. Without a workspace, from its 16-token pages by pointers. With one, a small kernel first
-gathers the context of every row with many queries into contiguous scratch (in the model's dtype, so FP8 pages are converted
-there, once), which tensor memory access (TMA) then reads in large boxes; rows that don't fit still read their pages.
+Two kernels. On Hopper, `prefill_attention_hopper` takes pages of the model's dtype straight into its tiles. The one here, plain
+Triton, does the rest: other cards and FP8 pages. Given a workspace, it first gathers the context of every row with many queries
+into contiguous scratch in the model's dtype, where a page is no longer looked up, nor converted, for every tile of queries; rows
+that don't fit there, and short ones, read their pages.
 
-Shapes: T tokens of the step, R prefill rows, H query heads, K key/value heads, G = H / K, D head size, S slots, P pages per table.
+Shapes: T tokens of the step, R prefill rows, H query heads, K key/value heads, G = H / K, D head size, S slots, P pages a table.
 """
 
 from __future__ import annotations
@@ -21,10 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.kernels.compiler import HAS_TRITON, tl, triton
-
-if HAS_TRITON:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+from engine.kernels.compiler import tl, triton
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +32,34 @@ GATHER_MIN_QUERIES = 64
 # Programs of the gather, at least: enough to keep every SM reading.
 GATHER_PROGRAMS = 1024
 
+# What varies between steps. Views of a step's buffers may start anywhere, so that their alignment must not count either.
+_VARYING = [
+    "block_tables_ptr",
+    "row_slots_ptr",
+    "query_starts_ptr",
+    "context_lens_ptr",
+    "tiles_ptr",
+    "table_stride",
+    "window",
+    "capacity",
+]
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:
-    """block_m rows (queries × packed heads) against block_n keys at a time; tma: keys and values come by TMA descriptors."""
+    """block_m rows (queries × packed heads) against block_n keys at a time. hopper: take the Hopper kernel where it can be used;
+    its tiles have the same block_m."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    tma: bool
+    hopper: bool = False
 
 
 @dataclass(slots=True)
 class PrefillWorkspace:
-    """Scratch for gathered contexts, made once and shared by all layers: k and v, [K, C, D] for C tokens, in the model's dtype."""
+    """Scratch for gathered contexts, made once and shared by all layers: k and v, [K, C, D] for C tokens, in the dtype of q."""
 
     k_scratch_KCD: torch.Tensor
     v_scratch_KCD: torch.Tensor
@@ -67,18 +78,17 @@ class PrefillWorkspace:
 def prefill_tiles(head_dim: int, element_bytes: int, shared_memory_bytes: int, capability: tuple[int, int]) -> PrefillTiles:
     """The tile for a card: the first of a descending list whose queries, key and value stages fit its shared memory.
 
-    shared_memory_bytes: what one program may use (99 KiB on sm_86/89, 163 on sm_80, 227 on sm_90 and up). Two programs on an SM
-    overlap one's softmax with the other's products, so half an SM's memory is preferred where the head size leaves the choice.
+    shared_memory_bytes: what one program may use (99 KiB on sm_86/89, 163 on sm_80, 227 on sm_90 and up).
     """
-    tma = capability[0] >= 9 and element_bytes <= 2
     block_d = padded_head_dim(head_dim)
     if block_d >= 256:
         candidates = [(128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), (64, 16, 4, 2), (32, 16, 4, 1)]
     else:
-        candidates = [(128, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
+        candidates = [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 1)]
     for block_m, block_n, num_warps, num_stages in candidates:
         if tile_shared_bytes(block_d, element_bytes, block_m, block_n, num_stages) <= shared_memory_bytes:
-            return PrefillTiles(block_m, block_n, num_warps, num_stages, tma)
+            hopper = capability[0] == 9 and element_bytes == 2 and block_m == 128 and 64 <= block_d <= 256
+            return PrefillTiles(block_m, block_n, num_warps, num_stages, hopper)
     raise ValueError(f"no attention tile for head size {head_dim} fits {shared_memory_bytes} bytes of shared memory")
 
 
@@ -105,18 +115,18 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> Pre
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         return _device_tiles(head_dim, dtype.itemsize, index)
-    return PrefillTiles(block_m=16, block_n=16, num_warps=4, num_stages=1, tma=dtype.itemsize <= 2)
+    return PrefillTiles(block_m=16, block_n=16, num_warps=4, num_stages=1)
 
 
-def packed_heads(group_size: int, block_m: int) -> int:
-    """Query heads of one key/value head that share a tile: the largest divisor of the group that fits its rows."""
-    return max(heads for heads in range(1, min(group_size, block_m) + 1) if group_size % heads == 0)
+def packed_heads(group_size: int) -> int:
+    """Query heads of one key/value head that share a tile: the largest power of two, up to 16, that divides the group."""
+    return min(16, group_size & -group_size)
 
 
 def queries_per_tile(head_dim: int, group_size: int, dtype: torch.dtype, device: torch.device) -> int:
     """What to give `plan_prefill` as block_m for this device and model."""
     block_m = choose_tiles(head_dim, dtype, device).block_m
-    return block_m // packed_heads(group_size, block_m)
+    return block_m // packed_heads(group_size)
 
 
 def plan_prefill(query_lens: list[int], context_lens: list[int], block_m: int, window: int | None = None) -> np.ndarray:
@@ -138,7 +148,14 @@ def plan_prefill(query_lens: list[int], context_lens: list[int], block_m: int, w
 
 @triton.jit
 def _gathered_start(
-    context_lens_ptr, query_starts_ptr, row, window, capacity, HAS_WINDOW: tl.constexpr, MIN_QUERIES: tl.constexpr, ALIGN: tl.constexpr
+    context_lens_ptr,
+    query_starts_ptr,
+    row,
+    window,
+    capacity,
+    HAS_WINDOW: tl.constexpr,
+    MIN_QUERIES: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """(first scratch token of the row's context, context position it stands for, gathered or not). Rows with at least
     MIN_QUERIES queries take scratch in row order, in whole multiples of ALIGN tokens, until its capacity is spent."""
@@ -147,7 +164,8 @@ def _gathered_start(
         rows = base + tl.arange(0, 128)
         before = rows < row
         context = tl.load(context_lens_ptr + rows, mask=before, other=0)
-        queries = tl.load(query_starts_ptr + rows + 1, mask=before, other=0) - tl.load(query_starts_ptr + rows, mask=before, other=0)
+        queries = tl.load(query_starts_ptr + rows + 1, mask=before, other=0)
+        queries -= tl.load(query_starts_ptr + rows, mask=before, other=0)
         if HAS_WINDOW:
             context -= tl.maximum(context - window + 1, 0) // ALIGN * ALIGN
         start += tl.sum(tl.where(queries >= MIN_QUERIES, (context + ALIGN - 1) // ALIGN * ALIGN, 0), 0)
@@ -160,7 +178,7 @@ def _gathered_start(
     return start, position, (queries >= MIN_QUERIES) & (start + length <= capacity)
 
 
-@triton.jit(do_not_specialize=["window", "table_stride", "capacity"])
+@triton.jit(do_not_specialize=_VARYING)
 def _gather_context_kernel(
     k_scratch_ptr,
     v_scratch_ptr,
@@ -215,25 +233,23 @@ def _gather_context_kernel(
 
 
 @triton.jit
-def _load_keys(source, row, stride, column, limit, offs_n, offs_d, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, LIMITED: tl.constexpr):
-    """[BLOCK_N, BLOCK_D] of a token-major matrix from `row` on. By TMA, columns past the head are the next head's and meet zeros
-    of the queries; by pointers they are zeros, and so are rows from `limit` on where LIMITED."""
-    if TMA:
-        tile = source.load([row, column])
+def _load_keys(
+    source, row, stride, offs_n, offs_d, limit, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr
+):
+    """[BLOCK_N, BLOCK_D] of a token-major matrix from token `row` on; zeros past the head, and past `limit` tokens if LIMITED."""
+    pointers = source + row.to(tl.int64) * stride + offs_n[:, None] * stride + offs_d[None, :]
+    if LIMITED:
+        tile = tl.load(pointers, mask=(row + offs_n < limit)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == BLOCK_D:
+        tile = tl.load(pointers)
     else:
-        pointers = source + row.to(tl.int64) * stride + column + offs_n[:, None] * stride + offs_d[None, :]
-        if LIMITED:
-            tile = tl.load(pointers, mask=(row + offs_n < limit)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
-        elif HEAD_DIM == offs_d.shape[0]:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
     return tile
 
 
 @triton.jit
 def _attend(q, k, v, acc, peak, total, visible, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """One online-softmax step in base 2: peak and total are each row's running maximum and sum. scale turns scores into log2."""
+    """One online-softmax step in base 2; peak and total are each row's running maximum and sum. scale turns scores into log2."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         # softcap is in log2 units here; tanh(x) = 1 - 2 / (1 + e^2x) keeps its sign and limits for any x.
@@ -249,13 +265,13 @@ def _attend(q, k, v, acc, peak, total, visible, scale, softcap, MASKED: tl.const
     return acc, new_peak, total
 
 
-@triton.jit(do_not_specialize=["window", "table_stride", "capacity", "num_tiles"])
+@triton.jit(do_not_specialize=_VARYING)
 def _prefill_kernel(
     q_ptr,
-    k_own,
-    v_own,
-    k_scratch,
-    v_scratch,
+    k_ptr,
+    v_ptr,
+    k_scratch_ptr,
+    v_scratch_ptr,
     k_pages_ptr,
     v_pages_ptr,
     block_tables_ptr,
@@ -284,17 +300,15 @@ def _prefill_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
     SCRATCH: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     MIN_QUERIES: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr = False,
 ):
     """Program (tile, kv head, pack of its query heads): heads change fastest, so that programs side by side share keys in L2.
 
     Row m of the tile is query first + m // PACKED, head m % PACKED of the pack. Key positions count from the chunk's start:
-    the context is negative. k_own and v_own, k_scratch and v_scratch are descriptors if TMA, pointers otherwise.
+    the context is negative.
     """
     PACKS: tl.constexpr = GROUP // PACKED
     QUERIES: tl.constexpr = BLOCK_M // PACKED
@@ -315,9 +329,8 @@ def _prefill_kernel(
     heads = first_head + offs_m % PACKED
     real = (query < query_len) & (offs_m < QUERIES * PACKED)
     tokens = (query_start + query).to(tl.int64)
-    q = tl.load(
-        q_ptr + tokens[:, None] * q_stride + heads[:, None] * HEAD_DIM + offs_d[None, :], mask=real[:, None] & inside_d[None, :], other=0.0
-    )
+    real_d = real[:, None] & inside_d[None, :]
+    q = tl.load(q_ptr + tokens[:, None] * q_stride + heads[:, None] * HEAD_DIM + offs_d[None, :], mask=real_d, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if sinks_ptr is not None:
         peak = tl.load(sinks_ptr + heads).to(tl.float32) * 1.4426950408889634
@@ -338,13 +351,13 @@ def _prefill_kernel(
         scratch_start, position, gathered = _gathered_start(
             context_lens_ptr, query_starts_ptr, row, window, capacity, HAS_WINDOW, MIN_QUERIES, BLOCK_N
         )
-        scratch_row = kv_head * capacity + scratch_start - position
+        scratch_row = kv_head * capacity.to(tl.int64) + scratch_start - position
         scratch_end = tl.where(gathered, context, 0)
         pages_end = tl.where(gathered, 0, context)
         scratch_full = scratch_end // BLOCK_N * BLOCK_N
-        for at in tl.range(context_begin, scratch_full, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
-            k = _load_keys(k_scratch, scratch_row + at, HEAD_DIM, 0, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
-            v = _load_keys(v_scratch, scratch_row + at, HEAD_DIM, 0, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
+        for at in tl.range(context_begin, scratch_full, BLOCK_N):
+            k = _load_keys(k_scratch_ptr, scratch_row + at, HEAD_DIM, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
+            v = _load_keys(v_scratch_ptr, scratch_row + at, HEAD_DIM, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
             if HAS_WINDOW:
                 visible = (at - context + offs_n)[None, :] > (query - window)[:, None]
                 acc, peak, total = _attend(q, k, v, acc, peak, total, visible, scale, softcap, True, HAS_SOFTCAP)
@@ -352,8 +365,8 @@ def _prefill_kernel(
                 acc, peak, total = _attend(q, k, v, acc, peak, total, None, scale, softcap, False, HAS_SOFTCAP)
         # The context's end: the gather left zeros behind it.
         for at in tl.range(tl.maximum(context_begin, scratch_full), scratch_end, BLOCK_N, num_stages=1):
-            k = _load_keys(k_scratch, scratch_row + at, HEAD_DIM, 0, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
-            v = _load_keys(v_scratch, scratch_row + at, HEAD_DIM, 0, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
+            k = _load_keys(k_scratch_ptr, scratch_row + at, HEAD_DIM, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
+            v = _load_keys(v_scratch_ptr, scratch_row + at, HEAD_DIM, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
             visible = (at + offs_n < context)[None, :]
             if HAS_WINDOW:
                 visible = visible & ((at - context + offs_n)[None, :] > (query - window)[:, None])
@@ -379,29 +392,29 @@ def _prefill_kernel(
 
     own_begin = tl.maximum(oldest, 0) // BLOCK_N * BLOCK_N
     own_full = (first + 1) // BLOCK_N * BLOCK_N
-    column = kv_head * HEAD_DIM
-    for at in tl.range(own_begin, own_full, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
-        k = _load_keys(k_own, query_start + at, k_stride, column, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
-        v = _load_keys(v_own, query_start + at, v_stride, column, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
+    k_ptr += kv_head * HEAD_DIM
+    v_ptr += kv_head * HEAD_DIM
+    for at in tl.range(own_begin, own_full, BLOCK_N):
+        k = _load_keys(k_ptr, query_start + at, k_stride, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
+        v = _load_keys(v_ptr, query_start + at, v_stride, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
         if HAS_WINDOW:
             visible = (at + offs_n)[None, :] > (query - window)[:, None]
             acc, peak, total = _attend(q, k, v, acc, peak, total, visible, scale, softcap, True, HAS_SOFTCAP)
         else:
             acc, peak, total = _attend(q, k, v, acc, peak, total, None, scale, softcap, False, HAS_SOFTCAP)
-    # The diagonal. In its last tile the keys may end inside the tile: what follows belongs to another row and is zeroed.
+    # The diagonal. In its last tile the keys may end inside the tile: what follows belongs to another row and is not read.
     diagonal_begin = tl.maximum(own_begin, own_full)
     diagonal_full = tl.minimum(query_len // BLOCK_N * BLOCK_N, end)
     for at in tl.range(diagonal_begin, diagonal_full, BLOCK_N, num_stages=1):
-        k = _load_keys(k_own, query_start + at, k_stride, column, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
-        v = _load_keys(v_own, query_start + at, v_stride, column, 0, offs_n, offs_d, HEAD_DIM, TMA, False)
+        k = _load_keys(k_ptr, query_start + at, k_stride, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
+        v = _load_keys(v_ptr, query_start + at, v_stride, offs_n, offs_d, 0, HEAD_DIM, BLOCK_D, False)
         visible = (at + offs_n)[None, :] <= query[:, None]
         if HAS_WINDOW:
             visible = visible & ((at + offs_n)[None, :] > (query - window)[:, None])
         acc, peak, total = _attend(q, k, v, acc, peak, total, visible, scale, softcap, True, HAS_SOFTCAP)
     for at in tl.range(tl.maximum(diagonal_begin, query_len // BLOCK_N * BLOCK_N), end, BLOCK_N, num_stages=1):
-        k = _load_keys(k_own, query_start + at, k_stride, column, query_start + query_len, offs_n, offs_d, HEAD_DIM, TMA, True)
-        v = _load_keys(v_own, query_start + at, v_stride, column, query_start + query_len, offs_n, offs_d, HEAD_DIM, TMA, True)
-        v = tl.where((at + offs_n < query_len)[:, None], v, 0.0).to(v.dtype)
+        k = _load_keys(k_ptr, query_start + at, k_stride, offs_n, offs_d, query_start + query_len, HEAD_DIM, BLOCK_D, True)
+        v = _load_keys(v_ptr, query_start + at, v_stride, offs_n, offs_d, query_start + query_len, HEAD_DIM, BLOCK_D, True)
         visible = ((at + offs_n)[None, :] <= query[:, None]) & (at + offs_n < query_len)[None, :]
         if HAS_WINDOW:
             visible = visible & ((at + offs_n)[None, :] > (query - window)[:, None])
@@ -411,12 +424,8 @@ def _prefill_kernel(
     tl.store(
         out_ptr + tokens[:, None] * out_stride + heads[:, None] * HEAD_DIM + offs_d[None, :],
         acc.to(out_ptr.dtype.element_ty),
-        mask=real[:, None] & inside_d[None, :],
+        mask=real_d,
     )
-
-
-# By (device, dtype, head size): whether the TMA variant compiled and ran there.
-_tma_works: dict[tuple[Any, ...], bool] = {}
 
 
 def paged_prefill_attention(
@@ -443,79 +452,62 @@ def paged_prefill_attention(
 ) -> torch.Tensor:
     """Attention of R chunks; writes their tokens' rows of out_THD and returns it.
 
-    q, k, v: the step's activations, heads contiguous in a token (strided views of a merged projection are fine); the chunk's own
-    keys are read from them, the context_lens_R earlier ones from pages [blocks + 1, K, block_size, D] (model dtype, or
+    q, k, v: the step's activations, heads contiguous in a token (strided views of a merged projection are fine); the chunk's
+    own keys are read from them, the context_lens_R earlier ones from pages [blocks + 1, K, block_size, D] (dtype of q, or
     float8_e4m3fn with k_scale, v_scale [1]). query_starts_R1: first token of each row in q, k, v and out. tiles_N2: from
     `plan_prefill` with `queries_per_tile` queries, on the device. window: a query sees itself and window - 1 before it.
-    sinks_H: a logit per head that joins the denominator. workspace: scratch to gather contexts in; give it when the rows have
-    contexts worth it (it costs a launch even when none has), leave it out when no row has a context.
+    sinks_H: a logit per head that joins the denominator. workspace: scratch for contexts, where `wants_workspace` says so and
+    a row has a context (it costs a launch even when none has).
     """
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = k_TKD.shape[1]
-    for name, tensor in (("q", q_THD), ("k", k_TKD), ("v", v_TKD), ("out", out_THD)):
-        if tensor.stride(2) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != head_dim):
-            raise ValueError(f"{name}'s heads must lie contiguous in a token: strides {tensor.stride()}")
     if tiles_N2.shape[0] == 0:
         return out_THD
     if tiles is None:
         tiles = choose_tiles(head_dim, q_THD.dtype, q_THD.device)
+    packed = packed_heads(num_heads // num_kv_heads)
+    scale, cap = scaling * LOG2E, 0.0
+    if softcap is not None:
+        scale, cap = 2.0 * LOG2E * scaling / softcap, softcap * LOG2E
+    if tiles.hopper and k_scale is None and reads_pages_in_place(head_dim, q_THD.dtype, k_pages.dtype, k_pages.shape[2]):
+        from engine.kernels.prefill_attention_hopper import prefill_attention_hopper
+
+        if prefill_attention_hopper(
+            q_THD, k_TKD, v_TKD, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1, context_lens_R, tiles_N2,
+            out_THD, sinks_H, packed, scale, cap, window,
+        ):  # fmt: skip
+            return out_THD
+
+    for name, tensor in (("q", q_THD), ("k", k_TKD), ("v", v_TKD), ("out", out_THD)):
+        if tensor.stride(2) != 1 or (tensor.shape[1] > 1 and tensor.stride(1) != head_dim):
+            raise ValueError(f"{name}'s heads must lie contiguous in a token: strides {tensor.stride()}")
+    k_scratch, v_scratch, capacity = None, None, 0
     if workspace is not None:
         _gather_context(
             workspace, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1, context_lens_R,
             window=window, k_scale=k_scale, v_scale=v_scale, block_n=tiles.block_n,
         )  # fmt: skip
-
-    def attend(tma: bool) -> None:
-        group = num_heads // num_kv_heads
-        packed = packed_heads(group, tiles.block_m)
-        block_d = padded_head_dim(head_dim)
-        k_own, v_own, k_scratch, v_scratch = k_TKD, v_TKD, None, None
-        if workspace is not None:
-            k_scratch, v_scratch = workspace.k_scratch_KCD, workspace.v_scratch_KCD
-        if tma:
-            box = [tiles.block_n, block_d]
-            k_own, v_own = _descriptor(k_TKD, box), _descriptor(v_TKD, box)
-            if workspace is not None:
-                k_scratch, v_scratch = (_descriptor(each.view(-1, 1, head_dim), box) for each in (k_scratch, v_scratch))
-        scale, cap = scaling * LOG2E, 0.0
-        if softcap is not None:
-            scale, cap = 2.0 * LOG2E * scaling / softcap, softcap * LOG2E
-        _prefill_kernel[(tiles_N2.shape[0] * (num_heads // packed),)](
-            q_THD, k_own, v_own, k_scratch, v_scratch, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1,
-            context_lens_R, tiles_N2, out_THD, sinks_H, k_scale, v_scale,
-            q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0), out_THD.stride(0),
-            scale, cap, window or 0, block_tables_SP.stride(0), workspace.capacity if workspace is not None else 0,
-            NUM_KV_HEADS=num_kv_heads, GROUP=group, PACKED=packed, BLOCK_SIZE=k_pages.shape[2], HEAD_DIM=head_dim,
-            BLOCK_D=block_d, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TMA=tma, SCRATCH=workspace is not None,
-            HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, MIN_QUERIES=GATHER_MIN_QUERIES,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
-
-    key = (q_THD.device, q_THD.dtype, head_dim, workspace is not None, window is not None)
-    if tiles.tma and _tma_works.get(key, True) and _tma_aligned(k_TKD) and _tma_aligned(v_TKD):
-        try:
-            attend(tma=True)
-        except Exception as error:
-            if _tma_works.get(key):
-                raise
-            logger.warning("prefill attention by TMA does not compile here, taking pointers: %s", str(error).split("\n", 1)[0])
-            _tma_works[key] = False
-        else:
-            _tma_works[key] = True
-            return out_THD
-    attend(tma=False)
+        k_scratch, v_scratch, capacity = workspace.k_scratch_KCD, workspace.v_scratch_KCD, workspace.capacity
+    _prefill_kernel[(tiles_N2.shape[0] * (num_heads // packed),)](
+        q_THD, k_TKD, v_TKD, k_scratch, v_scratch, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1,
+        context_lens_R, tiles_N2, out_THD, sinks_H, k_scale, v_scale, q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0), out_THD.stride(0),
+        scale, cap, window or 0, block_tables_SP.stride(0), capacity,
+        NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, PACKED=packed, BLOCK_SIZE=k_pages.shape[2],
+        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCRATCH=workspace is not None,
+        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, MIN_QUERIES=GATHER_MIN_QUERIES,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     return out_THD
 
 
-def _tma_aligned(tensor: torch.Tensor) -> bool:
-    """TMA wants 16-byte addresses and strides."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+def reads_pages_in_place(head_dim: int, dtype: torch.dtype, page_dtype: torch.dtype, block_size: int) -> bool:
+    """Whether the Hopper kernel can take such pages: TMA copies them as they are, in boxes of at least 8 rows of 16 bytes."""
+    return page_dtype == dtype and block_size >= 8 and head_dim % 8 == 0
 
 
-def _descriptor(tensor_TKD: torch.Tensor, box: list[int]) -> Any:
-    """A TMA descriptor of tokens × (heads · D)."""
-    tokens, heads, head_dim = tensor_TKD.shape
-    return TensorDescriptor(tensor_TKD, [tokens, heads * head_dim], [tensor_TKD.stride(0), 1], box)
+def wants_workspace(head_dim: int, dtype: torch.dtype, page_dtype: torch.dtype, block_size: int, device: torch.device) -> bool:
+    """Whether a workspace makes contexts faster here: where the pages must be read by pointers."""
+    return not (choose_tiles(head_dim, dtype, device).hopper and reads_pages_in_place(head_dim, dtype, page_dtype, block_size))
 
 
 def _gather_context(

@@ -1,13 +1,15 @@
 """Prefill attention for Hopper, in Gluon: what `prefill_attention` does, with warps that load and warps that compute.
 
-FlashAttention-3's plan (arXiv 2407.08608). One warp brings queries, keys and values by TMA, 16-token pages straight into the rows
-of a tile of keys, so that nothing is gathered first; two warpgroups of 64 rows compute. Each issues the next tile's scores before
-it accumulates the last tile's values, so that its softmax runs under tensor-core work, and the two take turns in issuing.
+FlashAttention-3's plan (arXiv 2407.08608). One warp brings queries, keys and values by TMA, 16-token pages straight into the
+rows of a tile of keys, so that nothing is gathered first; two warpgroups of 64 rows compute. Each issues the next tile's scores
+before it accumulates the last tile's values, so that its softmax runs under tensor-core work, and the two take turns in issuing.
 Programs are persistent: the loading warp is at the next work item while the others finish this one.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+logger = logging.getLogger(__name__)
 
 
 @gluon.jit
@@ -85,7 +89,8 @@ def _producer(
     """One warp: keeps STAGES tiles of keys and of values on their way."""
     QUERIES: gl.constexpr = BLOCK_M // PACKED
     PACKS: gl.constexpr = GROUP // PACKED
-    PAGES: gl.constexpr = BLOCK_N // BLOCK_SIZE
+    BOX: gl.constexpr = min(BLOCK_SIZE, BLOCK_N)
+    BOXES: gl.constexpr = BLOCK_N // BOX
     TILE_BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
     done = 0
     for n in range(_num_items(num_items)):
@@ -122,21 +127,22 @@ def _producer(
                 )
             else:
                 # Past the context's end any page will do: its scores are masked and its values zeroed.
-                offs_p = gl.arange(0, PAGES, gl.BlockedLayout([1], [32], [1], [0]))
-                pages = gl.load(table_ptr + gl.minimum(at // BLOCK_SIZE + offs_p, last_page))
-                rows = (pages * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+                offs_b = gl.arange(0, BOXES, gl.BlockedLayout([1], [32], [1], [0]))
+                positions = at + offs_b * BOX
+                pages = gl.load(table_ptr + gl.minimum(positions // BLOCK_SIZE, last_page))
+                rows = (pages * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
                 mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                for p in gl.static_range(PAGES):
-                    page_row = gl.sum(gl.where(offs_p == p, rows, 0), 0)
-                    part = k_tile.slice(p * BLOCK_SIZE, BLOCK_SIZE)
-                    tma.async_copy_global_to_shared(k_pages, [page_row, 0], k_full.index(stage), part)
+                for b in gl.static_range(BOXES):
+                    box_row = gl.sum(gl.where(offs_b == b, rows, 0), 0)
+                    part = k_tile.slice(b * BOX, BOX)
+                    tma.async_copy_global_to_shared(k_pages, [box_row, 0], k_full.index(stage), part)
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                for p in gl.static_range(PAGES):
-                    page_row = gl.sum(gl.where(offs_p == p, rows, 0), 0)
-                    part = v_tile.slice(p * BLOCK_SIZE, BLOCK_SIZE)
-                    tma.async_copy_global_to_shared(v_pages, [page_row, 0], v_full.index(stage), part)
+                for b in gl.static_range(BOXES):
+                    box_row = gl.sum(gl.where(offs_b == b, rows, 0), 0)
+                    part = v_tile.slice(b * BOX, BOX)
+                    tma.async_copy_global_to_shared(v_pages, [box_row, 0], v_full.index(stage), part)
         done += spans[8]
 
 
@@ -191,26 +197,26 @@ def _zero_missing_values(v_tile, begin, end, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _step(
-    tile, step, acc, weights, peak, total, lower, upper, q_part, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turn, next_turn,
-    scale, softcap, DTYPE: gl.constexpr, MMA: gl.constexpr, ACC: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr, TURNS: gl.constexpr,
+    tile, step, acc, weights, peak, total, lower, upper, q_part, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turn,
+    next_turn, scale, softcap, DTYPE: gl.constexpr, MMA: gl.constexpr, ACC: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile while the values of the one before are accumulated with its weights. tile counts the tiles of all items."""
+    """Scores of a tile while the values of the one before are accumulated with its weights. tile counts those of all items."""
     stage = tile % STAGES
     before = (tile - 1) % STAGES
     p = gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, ACC, 2))
     mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-    if TURNS:
-        mbarrier.wait(turn, step & 1)
+    mbarrier.wait(turn, step & 1)
     zeros = gl.zeros([64, BLOCK_N], gl.float32, MMA)
     scores = warpgroup_mma(q_part, k_tiles.index(stage).permute([1, 0]), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)
     acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
-    if TURNS:
-        mbarrier.arrive(next_turn, count=1)
+    mbarrier.arrive(next_turn, count=1)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(k_empty.index(stage), count=1)
-    weights, decay, peak, total = _softmax(scores, peak, total, lower, upper, scale, softcap, MMA, BLOCK_N, MASKED, WINDOW, SOFTCAP)
+    weights, decay, peak, total = _softmax(
+        scores, peak, total, lower, upper, scale, softcap, MMA, BLOCK_N, MASKED, WINDOW, SOFTCAP
+    )
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, ACC))[:, None]
@@ -219,10 +225,10 @@ def _step(
 
 @gluon.jit
 def _consumer(
-    out_ptr, sinks_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, turns, out_stride, scale, softcap, window, num_items,
-    PART: gl.constexpr, HEADS: gl.constexpr, PACKED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SOFTCAP: gl.constexpr, TURNS: gl.constexpr,
+    out_ptr, sinks_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, q_tile, k_tiles, v_tiles, q_full, q_empty, k_full,
+    k_empty, v_full, v_empty, turns, out_stride, scale, softcap, window, num_items,
+    PART: gl.constexpr, HEADS: gl.constexpr, PACKED: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows 64 · PART to 64 · PART + 63 of each item."""
     QUERIES: gl.constexpr = BLOCK_M // PACKED
@@ -268,7 +274,7 @@ def _consumer(
         zeros = gl.zeros([64, BLOCK_N], gl.float32, MMA)
         scores = warpgroup_mma(q_part, k_tiles.index(stage).permute([1, 0]), zeros, use_acc=False)
         mbarrier.arrive(k_empty.index(stage), count=1)
-        weights, decay, peak, total = _softmax(
+        weights, _decay, peak, total = _softmax(
             scores, peak, total, lower, upper, scale, softcap, MMA, BLOCK_N, True, HAS_WINDOW, HAS_SOFTCAP
         )
         if (end < BLOCK_N) | (begin > 0):
@@ -279,16 +285,16 @@ def _consumer(
         for i in range(1, end_masked):
             lower, upper, begin, end = _bounds(i, spans, query, query_len, context, window, BLOCK_N)
             acc, weights, peak, total = _step(
-                done + i, steps + i - 1, acc, weights, peak, total, lower, upper, q_part, k_tiles, v_tiles, k_full, k_empty, v_full,
-                v_empty, turn, next_turn, scale, softcap, DTYPE, MMA, ACC, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP, TURNS,
+                done + i, steps + i - 1, acc, weights, peak, total, lower, upper, q_part, k_tiles, v_tiles, k_full, k_empty,
+                v_full, v_empty, turn, next_turn, scale, softcap, DTYPE, MMA, ACC, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP,
             )  # fmt: skip
             if (end < BLOCK_N) | (begin > 0):
                 mbarrier.wait(v_full.index((done + i) % STAGES), ((done + i) // STAGES) & 1)
                 _zero_missing_values(v_tiles.index((done + i) % STAGES), begin, end, BLOCK_N)
         for i in range(end_masked, num_tiles):
             acc, weights, peak, total = _step(
-                done + i, steps + i - 1, acc, weights, peak, total, None, None, q_part, k_tiles, v_tiles, k_full, k_empty, v_full,
-                v_empty, turn, next_turn, scale, softcap, DTYPE, MMA, ACC, BLOCK_N, STAGES, False, False, HAS_SOFTCAP, TURNS,
+                done + i, steps + i - 1, acc, weights, peak, total, None, None, q_part, k_tiles, v_tiles, k_full, k_empty,
+                v_full, v_empty, turn, next_turn, scale, softcap, DTYPE, MMA, ACC, BLOCK_N, STAGES, False, False, HAS_SOFTCAP,
             )  # fmt: skip
         mbarrier.arrive(q_empty, count=1)
 
@@ -314,13 +320,24 @@ def _consumer(
         )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["window", "table_stride", "num_items"])
+# Views of a step's buffers may start anywhere: their alignment must not make another compilation.
+@gluon.jit(
+    do_not_specialize=[
+        "block_tables_ptr",
+        "row_slots_ptr",
+        "query_starts_ptr",
+        "context_lens_ptr",
+        "tiles_ptr",
+        "table_stride",
+        "window",
+        "num_items",
+    ]
+)
 def prefill_kernel(
-    q_desc, k_own, v_own, k_pages, v_pages, block_tables_ptr, row_slots_ptr, query_starts_ptr, context_lens_ptr, tiles_ptr, out_ptr,
-    sinks_ptr, out_stride, scale, softcap, window, table_stride, num_items,
+    q_desc, k_own, v_own, k_pages, v_pages, block_tables_ptr, row_slots_ptr, query_starts_ptr, context_lens_ptr, tiles_ptr,
+    out_ptr, sinks_ptr, out_stride, scale, softcap, window, table_stride, num_items,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """Work items are (tile of queries, key/value head, PACKED of its query heads), 128 rows each: row m is query
     first + m % QUERIES of the pack's head m // QUERIES."""
@@ -355,12 +372,12 @@ def prefill_kernel(
             (_consumer, (
                 out_ptr, sinks_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, q_tile, k_tiles, v_tiles, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, turns, out_stride, scale, softcap, window, num_items,
-                0, HEADS, PACKED, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, HAS_WINDOW, HAS_SOFTCAP, TURNS,
+                0, HEADS, PACKED, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, HAS_WINDOW, HAS_SOFTCAP,
             )),
             (_consumer, (
                 out_ptr, sinks_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr, q_tile, k_tiles, v_tiles, q_full, q_empty,
                 k_full, k_empty, v_full, v_empty, turns, out_stride, scale, softcap, window, num_items,
-                1, HEADS, PACKED, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, HAS_WINDOW, HAS_SOFTCAP, TURNS,
+                1, HEADS, PACKED, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, HAS_WINDOW, HAS_SOFTCAP,
             )),
             (_producer, (
                 q_desc, k_own, v_own, k_pages, v_pages, block_tables_ptr, row_slots_ptr, tiles_ptr, query_starts_ptr,
@@ -372,6 +389,41 @@ def prefill_kernel(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+# Compiled kernels by everything that a compilation depends on; None where one failed.
+_compiled: dict[tuple[Any, ...], Any] = {}
+# TMA descriptors by what they say; a step's activations often return at the same address, pages always.
+_descriptors: dict[tuple[Any, ...], TensorDescriptor] = {}
+
+
+class _Address:
+    """What a descriptor needs of a tensor, without keeping its memory alive."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _descriptor(
+    tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> TensorDescriptor:
+    key = (tensor.data_ptr(), tensor.dtype, shape, strides, box)
+    descriptor = _descriptors.get(key)
+    if descriptor is None:
+        if len(_descriptors) > 4096:
+            _descriptors.clear()
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(box))
+        descriptor = TensorDescriptor(_Address(key[0], tensor.dtype), list(shape), list(strides), list(box), layout)
+        _descriptors[key] = descriptor
+    return descriptor
+
+
+@lru_cache
+def _num_programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def prefill_attention_hopper(
@@ -386,38 +438,52 @@ def prefill_attention_hopper(
     context_lens_R: torch.Tensor,
     tiles_N2: torch.Tensor,
     out_THD: torch.Tensor,
-    *,
+    sinks_H: torch.Tensor | None,
     packed: int,
     scale: float,
     softcap: float,
     window: int | None,
-    sinks_H: torch.Tensor | None,
-    block_n: int,
-    num_stages: int,
-    num_programs: int,
-    turns: bool = True,
-) -> None:
-    """Launches the kernel: tiles of 128 // packed queries, packed query heads of one key/value head each."""
+) -> bool:
+    """Launches the kernel over tiles of 128 // packed queries; False where this configuration does not compile (logged once).
+
+    scale turns q · k into log2 units (with a softcap, into twice those of its quotient), softcap is in log2 units, 0 for none.
+    """
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_kv_heads, block_size = k_pages.shape[1:3]
-    block_d = max(64, 1 << (head_dim - 1).bit_length())
-    matrix = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    cube = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-
-    def own(tensor: torch.Tensor) -> Any:
-        return TensorDescriptor(
-            tensor, [num_tokens, num_kv_heads, head_dim], [tensor.stride(0), head_dim, 1], [block_n, 1, block_d], cube
-        )
-
-    def paged(pages: torch.Tensor) -> Any:
-        return TensorDescriptor(pages, [pages.numel() // head_dim, head_dim], [head_dim, 1], [min(block_size, block_n), block_d], matrix)
-
-    q_desc = TensorDescriptor(q_THD, [num_tokens, num_heads * head_dim], [q_THD.stride(0), 1], [128 // packed, block_d], matrix)
-    num_items = tiles_N2.shape[0] * (num_heads // packed)
-    prefill_kernel[(min(num_items, num_programs),)](
-        q_desc, own(k_TKD), own(v_TKD), paged(k_pages), paged(v_pages), block_tables_SP, row_slots_R, query_starts_R1,
-        context_lens_R, tiles_N2, out_THD, sinks_H, out_THD.stride(0), scale, softcap, window or 0, block_tables_SP.stride(0),
-        num_items, NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, PACKED=packed, BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_N=block_n, STAGES=num_stages, HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap != 0.0, TURNS=turns, num_warps=4,
+    num_blocks, num_kv_heads, block_size, _ = k_pages.shape
+    out_stride = out_THD.stride(0)
+    sinks_dtype = None if sinks_H is None else sinks_H.dtype
+    key = (
+        q_THD.device, q_THD.dtype, num_heads, num_kv_heads, head_dim, block_size, out_stride, window is None, softcap == 0.0,
+        sinks_dtype,
     )  # fmt: skip
+    compiled = _compiled.get(key, key)
+    if compiled is None:
+        return False
+    block_d = max(64, 1 << (head_dim - 1).bit_length())
+    block_n = 64 if block_d == 256 else 128
+    own_shape, own_box = (num_tokens, num_kv_heads, head_dim), (block_n, 1, block_d)
+    pages_shape, pages_box = (num_blocks * num_kv_heads * block_size, head_dim), (min(block_size, block_n), block_d)
+    num_items = tiles_N2.shape[0] * (num_heads // packed)
+    grid = (min(num_items, _num_programs(q_THD.device)), 1, 1)
+    arguments = (
+        _descriptor(q_THD, (num_tokens, num_heads * head_dim), (q_THD.stride(0), 1), (128 // packed, block_d)),
+        _descriptor(k_TKD, own_shape, (k_TKD.stride(0), head_dim, 1), own_box),
+        _descriptor(v_TKD, own_shape, (v_TKD.stride(0), head_dim, 1), own_box),
+        _descriptor(k_pages, pages_shape, (head_dim, 1), pages_box),
+        _descriptor(v_pages, pages_shape, (head_dim, 1), pages_box),
+        block_tables_SP, row_slots_R, query_starts_R1, context_lens_R, tiles_N2, out_THD, sinks_H, out_stride, scale, softcap,
+        window or 0, block_tables_SP.stride(0), num_items,
+        num_kv_heads, num_heads // num_kv_heads, packed, block_size, head_dim, block_d, block_n, 2, window is not None,
+        softcap != 0.0,
+    )  # fmt: skip
+    if compiled is not key:
+        compiled[grid](*arguments)
+        return True
+    try:
+        _compiled[key] = prefill_kernel[grid](*arguments, num_warps=4)
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        logger.warning("the Hopper prefill kernel does not compile here, taking the plain one: %s", reason)
+        _compiled[key] = None
+        return False
+    return True
