@@ -6,10 +6,11 @@ is a few queries × G heads, which keeps the causal triangle's waste small and s
 
 Two kernels. On Hopper, `prefill_attention_hopper` takes pages of the model's dtype straight into its tiles. The one here, plain
 Triton, does the rest: other cards and FP8 pages. Given a workspace, it first gathers the context of every row with many queries
-into contiguous scratch in the model's dtype, where a page is no longer looked up, nor converted, for every tile of queries; rows
-that don't fit there, and short ones, read their pages.
+into contiguous scratch in the model's dtype, where a page is no longer looked up, nor converted, for every tile of queries;
+rows that don't fit there, and short ones, read their pages.
 
-Shapes: T tokens of the step, R prefill rows, H query heads, K key/value heads, G = H / K, D head size, S slots, P pages a table.
+Shapes: T tokens of the step, R prefill rows, H query heads, K key/value heads, G = H / K, D head size, S slots, P pages
+a table.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ _VARYING = [
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:
-    """block_m rows (queries × packed heads) against block_n keys at a time. hopper: take the Hopper kernel where it can be used;
-    its tiles have the same block_m."""
+    """block_m rows (queries × packed heads) against block_n keys at a time. hopper: take the Hopper kernel where that can be
+    used; its tiles have the same block_m."""
 
     block_m: int
     block_n: int
@@ -104,10 +105,11 @@ def padded_head_dim(head_dim: int) -> int:
 
 @lru_cache
 def _device_tiles(head_dim: int, element_bytes: int, device_index: int) -> PrefillTiles:
-    properties = torch.cuda.get_device_properties(device_index)
-    return prefill_tiles(
-        head_dim, element_bytes, properties.shared_memory_per_block_optin, (properties.major, properties.minor)
-    )
+    properties: Any = torch.cuda.get_device_properties(
+        device_index
+    )  # its stub lacks the shared memory that kernels may opt in to
+    capability = (properties.major, properties.minor)
+    return prefill_tiles(head_dim, element_bytes, properties.shared_memory_per_block_optin, capability)
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> PrefillTiles:
@@ -236,7 +238,7 @@ def _gather_context_kernel(
 def _load_keys(
     source, row, stride, offs_n, offs_d, limit, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, LIMITED: tl.constexpr
 ):
-    """[BLOCK_N, BLOCK_D] of a token-major matrix from token `row` on; zeros past the head, and past `limit` tokens if LIMITED."""
+    """[BLOCK_N, BLOCK_D] of a token-major matrix from token `row` on; zeros past the head, and past limit if LIMITED."""
     pointers = source + row.to(tl.int64) * stride + offs_n[:, None] * stride + offs_d[None, :]
     if LIMITED:
         tile = tl.load(pointers, mask=(row + offs_n < limit)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
@@ -249,7 +251,7 @@ def _load_keys(
 
 @triton.jit
 def _attend(q, k, v, acc, peak, total, visible, scale, softcap, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """One online-softmax step in base 2; peak and total are each row's running maximum and sum. scale turns scores into log2."""
+    """An online-softmax step in base 2; peak and total are each row's running maximum and sum. scale turns scores into log2."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if SOFTCAP:
         # softcap is in log2 units here; tanh(x) = 1 - 2 / (1 + e^2x) keeps its sign and limits for any x.
@@ -490,11 +492,12 @@ def paged_prefill_attention(
         k_scratch, v_scratch, capacity = workspace.k_scratch_KCD, workspace.v_scratch_KCD, workspace.capacity
     _prefill_kernel[(tiles_N2.shape[0] * (num_heads // packed),)](
         q_THD, k_TKD, v_TKD, k_scratch, v_scratch, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1,
-        context_lens_R, tiles_N2, out_THD, sinks_H, k_scale, v_scale, q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0), out_THD.stride(0),
-        scale, cap, window or 0, block_tables_SP.stride(0), capacity,
+        context_lens_R, tiles_N2, out_THD, sinks_H, k_scale, v_scale, q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0),
+        out_THD.stride(0), scale, cap, window or 0, block_tables_SP.stride(0), capacity,
         NUM_KV_HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, PACKED=packed, BLOCK_SIZE=k_pages.shape[2],
-        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCRATCH=workspace is not None,
-        HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None, MIN_QUERIES=GATHER_MIN_QUERIES,
+        HEAD_DIM=head_dim, BLOCK_D=padded_head_dim(head_dim), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+        SCRATCH=workspace is not None, HAS_WINDOW=window is not None, HAS_SOFTCAP=softcap is not None,
+        MIN_QUERIES=GATHER_MIN_QUERIES,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return out_THD

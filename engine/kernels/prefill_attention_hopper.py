@@ -2,7 +2,7 @@
 
 FlashAttention-3's plan (arXiv 2407.08608). One warp brings queries, keys and values by TMA, 16-token pages straight into the
 rows of a tile of keys, so that nothing is gathered first; two warpgroups of 64 rows compute. Each issues the next tile's scores
-before it accumulates the last tile's values, so that its softmax runs under tensor-core work, and the two take turns in issuing.
+before it accumulates the last tile's values, so that its softmax runs under tensor-core work; the two take turns in issuing.
 Programs are persistent: the loading warp is at the next work item while the others finish this one.
 """
 
@@ -198,8 +198,8 @@ def _zero_missing_values(v_tile, begin, end, BLOCK_N: gl.constexpr):
 @gluon.jit
 def _step(
     tile, step, acc, weights, peak, total, lower, upper, q_part, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turn,
-    next_turn, scale, softcap, DTYPE: gl.constexpr, MMA: gl.constexpr, ACC: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
+    next_turn, scale, softcap, DTYPE: gl.constexpr, MMA: gl.constexpr, ACC: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, MASKED: gl.constexpr, WINDOW: gl.constexpr, SOFTCAP: gl.constexpr,
 ):  # fmt: skip
     """Scores of a tile while the values of the one before are accumulated with its weights. tile counts those of all items."""
     stage = tile % STAGES
@@ -286,7 +286,8 @@ def _consumer(
             lower, upper, begin, end = _bounds(i, spans, query, query_len, context, window, BLOCK_N)
             acc, weights, peak, total = _step(
                 done + i, steps + i - 1, acc, weights, peak, total, lower, upper, q_part, k_tiles, v_tiles, k_full, k_empty,
-                v_full, v_empty, turn, next_turn, scale, softcap, DTYPE, MMA, ACC, BLOCK_N, STAGES, True, HAS_WINDOW, HAS_SOFTCAP,
+                v_full, v_empty, turn, next_turn, scale, softcap, DTYPE, MMA, ACC, BLOCK_N, STAGES, True, HAS_WINDOW,
+                HAS_SOFTCAP,
             )  # fmt: skip
             if (end < BLOCK_N) | (begin > 0):
                 mbarrier.wait(v_full.index((done + i) % STAGES), ((done + i) // STAGES) & 1)

@@ -1,4 +1,4 @@
-"""Prefill attention against its float32 reference: ragged rows over pages and scratch, every feature, poison everywhere else."""
+"""Prefill attention against its float32 reference: ragged rows over pages and scratch, all features, poison elsewhere."""
 
 from __future__ import annotations
 
