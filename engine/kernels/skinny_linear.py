@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from engine.kernels.compiler import tl, triton
 
-MAX_VECTOR_ROWS = 4
+MAX_VECTOR_ROWS = 8
 MAX_ROWS = 64
 Activation = Literal["silu", "gelu_tanh"]
 _SMALLEST_WEIGHT = 1 << 18
@@ -159,15 +159,59 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, y_ptr, n, m, mask, stride_y, residual_ptr, RESIDUAL: tl.constexpr):
-    """Stores a product, or adds it to the residual; rounded like separate kernels do."""
-    if RESIDUAL:
-        at = residual_ptr + m * stride_y + n
-        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        acc = value + acc.to(residual_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(at, acc.to(residual_ptr.dtype.element_ty), mask=mask)
+def _side_by_side(parts, COUNT: tl.constexpr):
+    """COUNT tensors in new last dimensions of 2 each, which flattened are in order."""
+    if COUNT == 1:
+        return parts[0]
+    elif COUNT == 2:
+        return tl.join(parts[0], parts[1])
+    elif COUNT == 4:
+        return tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
     else:
-        tl.store(y_ptr + m * stride_y + n, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        return tl.join(even, tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))
+
+
+@triton.jit
+def _finish(
+    acc,
+    row_N,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    tile,
+    num_rows,
+    num_outputs,
+    stride_y,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """What follows a product [BLOCK_N, ROWS] of rows row_N of W; rounded where separate kernels would round."""
+    m = tl.arange(0, ROWS)[None, :]
+    if SCALED:
+        acc = acc * tl.load(scale_ptr + row_N)[:, None]
+    if BIAS:
+        acc += tl.load(bias_ptr + row_N).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
+        acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, ROWS]), [0, 2, 1]))
+        acc = _activate(gate, ACTIVATION).to(y_ptr.dtype.element_ty).to(tl.float32) * up
+        n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[:, None]
+    else:
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    mask = (n < num_outputs) & (m < num_rows)
+    acc = acc.to(y_ptr.dtype.element_ty)
+    if RESIDUAL:
+        residual_ptrs = residual_ptr + m * stride_y + n
+        acc = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32) + acc.to(tl.float32)
+        tl.store(residual_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(y_ptr + m * stride_y + n, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -218,14 +262,11 @@ def _vector_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    acc0 = tl.zeros([BLOCK_N, BLOCK_E // LANE], tl.float32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    squares0 = tl.zeros([BLOCK_E], tl.float32)
-    squares1 = squares0
-    squares2 = squares0
-    squares3 = squares0
+    sums = ()
+    squares = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_E // LANE], tl.float32),)  # noqa: RUF005
+        squares = squares + (tl.zeros([BLOCK_E // LANE], tl.float32),)  # noqa: RUF005
     for start in tl.range(0, E, BLOCK_E, num_stages=1):
         if PDL and TRIGGER >= 0:  # noqa: SIM102 (known at compile time, unlike what follows)
             if start == TRIGGER:
@@ -238,93 +279,32 @@ def _vector_kernel(
         inside = start + e < E
         if NORM:
             norm = tl.load(norm_ptr + start + e, mask=inside, other=0.0).to(tl.float32) + NORM_OFFSET
-        x = tl.load(x_ptr + start + e, mask=inside, other=0.0).to(tl.float32)
-        if NORM:
-            squares0 += x * x
-            x = x * norm
-        acc0 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
-        if ROWS > 1:
-            x = tl.load(x_ptr + stride_x + start + e, mask=inside & (num_rows > 1), other=0.0).to(tl.float32)
+        # One tuple after another, since a tuple's parts cannot be assigned to.
+        new_sums = ()
+        new_squares = ()
+        for m in tl.static_range(ROWS):
+            x = tl.load(x_ptr + m * stride_x + start + e, mask=inside & (m < num_rows), other=0.0).to(tl.float32)
             if NORM:
-                squares1 += x * x
+                square = tl.sum(tl.reshape(x * x, [BLOCK_E // LANE, LANE]), axis=1)
+                new_squares = new_squares + (squares[m] + square,)  # noqa: RUF005
                 x = x * norm
-            acc1 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
-        if ROWS > 2:
-            x = tl.load(x_ptr + 2 * stride_x + start + e, mask=inside & (num_rows > 2), other=0.0).to(tl.float32)
-            if NORM:
-                squares2 += x * x
-                x = x * norm
-            acc2 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
-            x = tl.load(x_ptr + 3 * stride_x + start + e, mask=inside & (num_rows > 3), other=0.0).to(tl.float32)
-            if NORM:
-                squares3 += x * x
-                x = x * norm
-            acc3 += tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
+            else:
+                new_squares = new_squares + (squares[m],)  # noqa: RUF005
+            product = tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
+            new_sums = new_sums + (sums[m] + product,)  # noqa: RUF005
+        sums = new_sums
+        squares = new_squares
 
     if PDL and TRIGGER >= E:
         tl.extra.cuda.gdc_launch_dependents()
-    for m in tl.static_range(ROWS):
-        if m == 0:
-            y = tl.sum(acc0, axis=1)
-            squares = squares0
-        elif m == 1:
-            y = tl.sum(acc1, axis=1)
-            squares = squares1
-        elif m == 2:
-            y = tl.sum(acc2, axis=1)
-            squares = squares2
-        else:
-            y = tl.sum(acc3, axis=1)
-            squares = squares3
-        if NORM:
-            y = y * tl.rsqrt(tl.sum(squares, axis=0) / E + eps)
-        if SCALED:
-            y = y * tl.load(scale_ptr + row_N)
-        if BIAS:
-            y += tl.load(bias_ptr + row_N).to(tl.float32)
-        if ACTIVATION is not None:
-            y = y.to(y_ptr.dtype.element_ty).to(tl.float32)
-            gate, up = tl.split(tl.reshape(y, [BLOCK_N // 2, 2]))
-            y = _activate(gate, ACTIVATION).to(y_ptr.dtype.element_ty).to(tl.float32) * up
-            n = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        else:
-            n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        _finish(y, y_ptr, n, m, (n < num_outputs) & (m < num_rows), stride_y, residual_ptr, RESIDUAL)
-
-
-@triton.jit
-def _finish_matrix(
-    acc,
-    row_N,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    tile,
-    num_rows,
-    num_outputs,
-    stride_y,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """What follows a product [BLOCK_N, ROWS] of rows row_N of W."""
-    m = tl.arange(0, ROWS)[None, :]
-    if SCALED:
-        acc = acc * tl.load(scale_ptr + row_N)[:, None]
-    if BIAS:
-        acc += tl.load(bias_ptr + row_N).to(tl.float32)[:, None]
-    if ACTIVATION is not None:
-        acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_N // 2, 2, ROWS]), [0, 2, 1]))
-        acc = _activate(gate, ACTIVATION).to(y_ptr.dtype.element_ty).to(tl.float32) * up
-        n = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[:, None]
-    else:
-        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    _finish(acc, y_ptr, n, m, (n < num_outputs) & (m < num_rows), stride_y, residual_ptr, RESIDUAL)
+    acc = tl.sum(tl.reshape(_side_by_side(sums, ROWS), [BLOCK_N, BLOCK_E // LANE, ROWS]), axis=1)
+    if NORM:
+        total = tl.sum(tl.reshape(_side_by_side(squares, ROWS), [BLOCK_E // LANE, ROWS]), axis=0)
+        acc = acc * tl.rsqrt(total / E + eps)[None, :]
+    _finish(
+        acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tl.program_id(0), num_rows, num_outputs, stride_y,
+        ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -333,6 +313,7 @@ def _matrix_kernel(
     weight_ptr,
     scale_ptr,
     bias_ptr,
+    norm_ptr,
     residual_ptr,
     y_ptr,
     parts_ptr,
@@ -341,6 +322,7 @@ def _matrix_kernel(
     num_outputs,
     stride_x,
     stride_y,
+    eps,
     E: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -350,6 +332,8 @@ def _matrix_kernel(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    NORM_OFFSET: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
@@ -377,6 +361,7 @@ def _matrix_kernel(
     weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
     x_ptrs = x_ptr + m[None, :] * stride_x + e[:, None]
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    squares = tl.zeros([BLOCK_E, ROWS], tl.float32)
     for step in tl.range(0, SPLIT_E // BLOCK_E, num_stages=STAGES):
         offset = step * BLOCK_E
         w = _load_weights(weight_ptrs, offset, e, E, E != SPLITS * SPLIT_E)
@@ -384,12 +369,19 @@ def _matrix_kernel(
             x = tl.load(x_ptrs + offset, mask=m[None, :] < num_rows, other=0.0)
         else:
             x = tl.load(x_ptrs + offset, mask=(m[None, :] < num_rows) & (e + offset < E)[:, None], other=0.0)
+        if NORM:
+            norm = tl.load(norm_ptr + e + offset, mask=e + offset < E, other=0.0).to(tl.float32) + NORM_OFFSET
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            x = (wide * norm[:, None]).to(x_ptr.dtype.element_ty)
         acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision="ieee")
 
     if PDL and TRIGGER >= 0:
         tl.extra.cuda.gdc_launch_dependents()
+    if NORM:
+        acc = acc * tl.rsqrt(tl.sum(squares, axis=0) / E + eps)[None, :]
     if SPLITS == 1:
-        _finish_matrix(
+        _finish(
             acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
             ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
         )  # fmt: skip
@@ -404,7 +396,7 @@ def _matrix_kernel(
             for other in tl.static_range(SPLITS):
                 acc += tl.load(part_ptrs + other * (ROWS * BLOCK_N), mask=used, other=0.0, cache_modifier=".cg")
             tl.store(arrived_ptr + tile, 0)
-            _finish_matrix(
+            _finish(
                 acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
                 ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
             )  # fmt: skip
@@ -449,7 +441,9 @@ def skinny_linear(
     block_outputs = plan.block_n // (2 if activation else 1)
     tiles = triton.cdiv(num_outputs, block_outputs)
     # Arguments that a variant does not read still need a pointer.
-    scale, bias = (x_ME if tensor is None else tensor for tensor in (weight_scale_N, bias_N))
+    scale = x_ME if weight_scale_N is None else weight_scale_N
+    bias = x_ME if bias_N is None else bias_N
+    norm = x_ME if norm_weight_E is None else norm_weight_E
     shared = {
         "E": num_inputs,
         "ROWS": plan.block_rows,
@@ -458,6 +452,8 @@ def skinny_linear(
         "STAGES": plan.num_stages,
         "SCALED": weight_scale_N is not None,
         "BIAS": bias_N is not None,
+        "NORM": norm_weight_E is not None,
+        "NORM_OFFSET": norm_offset,
         "RESIDUAL": residual_MN is not None,
         "ACTIVATION": activation,
         "PDL": pdl,
@@ -467,14 +463,13 @@ def skinny_linear(
     # The stride of a single row means nothing, and must not pick another specialisation of the kernel.
     stride_x, stride_y = (x_ME.stride(0), y.stride(0)) if rows > 1 else (num_inputs, num_outputs)
     if plan.kind == "vector":
-        norm = x_ME if norm_weight_E is None else norm_weight_E
         _vector_kernel[(tiles,)](
             x_ME, weight_NE, scale, bias, norm, y, y, rows, num_outputs, stride_x, stride_y, eps,
-            LANE=_LANE, NORM=norm_weight_E is not None, NORM_OFFSET=norm_offset, **shared, **options,
+            LANE=_LANE, **shared, **options,
         )  # fmt: skip
         return y
-    if norm_weight_E is not None:
-        raise ValueError("only vector plans have a norm")
+    if norm_weight_E is not None and (plan.splits > 1 or x_ME.dtype == torch.float16):
+        raise ValueError("a matrix plan has a norm only if it is not split, and in dtypes of float32's range")
     split_e = triton.cdiv(triton.cdiv(num_inputs, plan.splits), plan.block_e) * plan.block_e
     parts, arrived = (workspace.parts, workspace.arrived) if workspace is not None else (y, y)
     if plan.splits > 1:
@@ -482,7 +477,7 @@ def skinny_linear(
         if workspace is None or parts.numel() < needed or arrived.numel() < tiles:
             raise ValueError(f"a product split {plan.splits} times needs {4 * needed} bytes of workspace and {tiles} counters")
     _matrix_kernel[(plan.splits, tiles)](
-        x_ME, weight_NE, scale, bias, y, y, parts, arrived, rows, num_outputs, stride_x, stride_y,
+        x_ME, weight_NE, scale, bias, norm, y, y, parts, arrived, rows, num_outputs, stride_x, stride_y, eps,
         SPLITS=plan.splits, SPLIT_E=split_e, **shared, **options,
     )  # fmt: skip
     return y
