@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from server.access import SEND_BODY
 from server.disconnect import unless_disconnected
@@ -87,21 +87,51 @@ class EventStream(EventSourceResponse):
 
     async def _stream(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        pings = _Pings(send_body)
-
-        def shortcut(chunk: bytes) -> Awaitable[None] | None:
-            pings.is_quiet = False
-            return start(send_body(_body(chunk)))
-
-        self._source.set_shortcut(shortcut)
+        body = _Body(send_body)
+        self._source.set_shortcut(lambda chunk: start(body.send(chunk)))
         try:
             async with aclosing(self._events):
                 async for chunk in self._events:
-                    pings.is_quiet = False
-                    await send_body(_body(chunk))
+                    await body.send(chunk)
         finally:
-            pings.stop()
+            body.stop_pings()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _Body:
+    """Sends parts of the body, one at a time, and a comment whenever there was none for a whole interval."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._is_quiet = True
+        self._is_sending = False
+        self._loop = asyncio.get_running_loop()
+        self._ping: asyncio.Task[None] | None = None
+        self._timer = self._loop.call_later(PING_INTERVAL_S, self._tick)
+
+    async def send(self, chunk: bytes) -> None:
+        self._is_quiet = False
+        if self._ping is not None:
+            await asyncio.wait({self._ping})
+        self._is_sending = True
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._is_sending = False
+
+    def _tick(self) -> None:
+        # A client that takes nothing in needs no comments.
+        if self._is_quiet and not self._is_sending and self._ping is None:
+            self._ping = self._loop.create_task(self._send_ping())
+        self._is_quiet = True
+        self._timer = self._loop.call_later(PING_INTERVAL_S, self._tick)
+
+    async def _send_ping(self) -> None:
+        await self._send({"type": "http.response.body", "body": _PING, "more_body": True})
+        self._ping = None
+
+    def stop_pings(self) -> None:
+        self._timer.cancel()
+        if self._ping is not None:
+            self._ping.cancel()
 
 
 def start(work: Awaitable[None]) -> Awaitable[None] | None:
@@ -133,33 +163,3 @@ class _Rest:
                     waits_for = self._steps.send(result)
         except StopIteration:
             return
-
-
-class _Pings:
-    """Sends a comment whenever nothing was sent for a whole interval. `is_quiet`: to be cleared with every event."""
-
-    def __init__(self, send: Send) -> None:
-        self.is_quiet = True
-        self._send = send
-        self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(PING_INTERVAL_S, self._tick)
-
-    def _tick(self) -> None:
-        # The client of a ping that still waits for its turn reads nothing: another one would only wait behind it.
-        if self.is_quiet and (self._task is None or self._task.done()):
-            self._task = self._loop.create_task(self._ping())
-        self.is_quiet = True
-        self._timer = self._loop.call_later(PING_INTERVAL_S, self._tick)
-
-    async def _ping(self) -> None:
-        await self._send(_body(_PING))
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
-
-
-def _body(chunk: bytes) -> Message:
-    return {"type": "http.response.body", "body": chunk, "more_body": True}
