@@ -9,16 +9,19 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from engine.client import EngineClient, RequestStream
+from engine.client import EngineClient, RequestStream, _Choice
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError, RequestFailed
+from engine.messages import RequestOutput, TokenLogprobs
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.supervisor import Supervisor
+from engine.tokenizer import Tokenizer
 from tests.fake_runner import VOCAB_SIZE, expected_tokens
 
 COMMAND = (sys.executable, "-m", "tests.fake_engine")
@@ -95,6 +98,58 @@ def test_streams_stops_and_refusals(model_dir: Path):
                 await client.generate([97], SamplingParams())
             await until(lambda: client.stats.num_referenced_blocks == 0)
             assert client.num_open_streams == 0
+
+    asyncio.run(scenario())
+
+
+def make_stream(model_dir: Path, num_choices: int, stop: list[str]) -> RequestStream:
+    tokenizer = Tokenizer.load(model_dir)
+    choices = [_Choice(tokenizer.detokenizer([3], stop=stop)) for _ in range(num_choices)]
+    return RequestStream("me:1", 1, choices, frozenset({2}), lambda request_id: None)
+
+
+def output(choice: int, first: int, token_ids: list[int], **more: Any) -> RequestOutput:
+    logprobs = [TokenLogprobs(-float(token_id), 1, [], []) for token_id in token_ids]
+    return RequestOutput(
+        request_id="me:1", choice_index=choice, first_token_index=first, token_ids=token_ids, logprobs=logprobs, **more
+    )
+
+
+def test_what_came_in_unread_is_one_delta_a_choice(model_dir: Path):
+    async def scenario() -> None:
+        stream = make_stream(model_dir, 2, [])
+        stream.take(output(1, 0, [5], num_cached_tokens=1, queue_s=0.5, prompt_logprobs=[None]))
+        stream.take(output(0, 0, [6]))
+        stream.take(output(1, 1, [7, 8]))
+        stream.take(output(1, 1, [7, 8, 9], finish_reason="length"))  # repeated in part, as by a second engine
+        one, zero = await anext(stream)
+        assert (one.choice_index, one.text, one.token_ids) == (1, text_of([5, 7, 8, 9]), [5, 7, 8, 9])
+        assert [entry.logprob for entry in one.logprobs or []] == [-5, -7, -8, -9]
+        assert (one.finish_reason, one.num_cached_tokens, one.queue_s, one.prompt_logprobs) == ("length", 1, 0.5, [None])
+        assert (zero.choice_index, zero.token_ids, zero.finish_reason) == (0, [6], None)
+        stream.take(output(0, 1, [6]))
+        assert [delta.token_ids for delta in await anext(stream)] == [[6]]
+        stream.take(output(0, 2, [2], finish_reason="stop", stop_token_id=2))
+        (end,) = await anext(stream)
+        assert (end.text, end.token_ids, end.finish_reason, end.stop_reason) == ("", [2], "stop", None)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+    asyncio.run(scenario())
+
+
+def test_tokens_on_their_way_when_a_stop_string_ended_a_choice_are_dropped(model_dir: Path):
+    async def scenario() -> None:
+        stream = make_stream(model_dir, 2, [text_of([5])])
+        assert stream.take(output(0, 0, [5])) == 0
+        for first in range(1, 4):
+            assert stream.take(output(0, first, [6])) is None
+        stream.take(output(1, 0, [7], finish_reason="length"))
+        assert [(d.choice_index, d.text, d.stop_reason) for d in await anext(stream)] == [
+            (0, "", text_of([5])),
+            (1, text_of([7]), None),
+        ]
+        assert stream.finished
 
     asyncio.run(scenario())
 
