@@ -1,7 +1,7 @@
-"""CUDA graphs of the steps that only decode: capture and replay, by bucket of batch size.
+"""CUDA graphs: capture and replay, by bucket of batch size, while the server serves.
 
 A graph replays the recorded kernels with one call instead of hundreds of launches. It holds addresses, so everything that
-varies lives in static device memory (`step_feed.py`), and a step's rows are padded to the next bucket.
+varies lives in static device memory (`step_feed.py`), and a step's rows or tokens are padded to the next bucket.
 """
 
 from __future__ import annotations
@@ -16,45 +16,52 @@ import torch
 logger = logging.getLogger(__name__)
 
 STEPS_BETWEEN_CAPTURES = 20
+CAPTURE_PAUSE_S = 0.03  # no capture is begun in a step that has paused longer than this
 
 
 class CudaGraphs:
     """Captured functions by key. All share one memory pool: a graph's temporaries are free for the others, since graphs run
     one after another on one stream, and what outlives a replay lies in memory that the caller owns.
 
-    A capture waits: after one, the next comes STEPS_BETWEEN_CAPTURES steps later at the earliest, or in an idle moment.
+    A capture is a pause for everybody: one step in STEPS_BETWEEN_CAPTURES may make it, and an idle moment. What is captured
+    must have run before (kernels compiled, libraries set up), so a function's first call always runs as it is.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._ran: set[Hashable] = set()
         self._pool: Any = None
         self._stream = torch.cuda.Stream(device)
-        self._steps_since_capture = STEPS_BETWEEN_CAPTURES
-        self.failed = False
+        self._steps_since_capture = 0
+        self._pause_left_s = 0.0
+        self._failed = False
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._graphs
+        return self._failed or key in self._graphs
 
-    def replay(self, key: Hashable) -> bool:
-        """Run the captured function again, if there is one."""
-        graph = self._graphs.get(key)
-        if graph is None:
-            return False
-        graph.replay()
-        return True
-
-    def may_capture(self) -> bool:
-        """Called once a step: whether this one may pause for a capture."""
+    def begin_step(self, idle: bool = False) -> None:
+        """Decides whether this step may capture. idle: nobody waits, so it may, and as much as it wants."""
         self._steps_since_capture += 1
-        return not self.failed and self._steps_since_capture > STEPS_BETWEEN_CAPTURES
+        is_due = not self._failed and self._steps_since_capture > STEPS_BETWEEN_CAPTURES
+        self._pause_left_s = float("inf") if idle else CAPTURE_PAUSE_S if is_due else 0.0
 
-    def capture(self, key: Hashable, run: Callable[[], object]) -> bool:
-        """Record what `run` launches. It must have run before (kernels compiled, libraries set up). False where the
-        recording fails: then nothing was run, and no further capture is tried."""
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Run `work`, as its graph if there is one, or can be one now."""
+        graph = self._graphs.get(key)
+        if graph is None and key in self._ran and self._pause_left_s > 0 and not self._failed:
+            graph = self._capture(key, work)
+        if graph is not None:
+            graph.replay()
+            return
+        work()
+        self._ran.add(key)
+
+    def _capture(self, key: Hashable, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """Record what `work` launches. None where that fails: then nothing has run, and no further capture is tried."""
         started = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -65,15 +72,15 @@ class CudaGraphs:
                     self._pool = torch.cuda.graph_pool_handle()
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    run()
+                    work()
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            self.failed = True
-            logger.warning("steps run without CUDA graphs: capturing failed (%s)", str(error).splitlines()[0])
-            return False
+            self._failed = True
+            logger.warning("steps run without further CUDA graphs: capturing failed (%s)", str(error).splitlines()[0])
+            return None
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._graphs[key] = graph
         self._steps_since_capture = 0
-        logger.debug("captured a graph for %s in %.0f ms", key, 1e3 * (time.perf_counter() - started))
-        return True
+        self._pause_left_s -= time.perf_counter() - started
+        return graph

@@ -11,17 +11,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
-from engine.attention.base import FusedAttentionBackend, LayerSpec
+from engine.attention.base import DeviceRows, FusedAttentionBackend, LayerSpec
 from engine.attention.hf import StepAttention
 from engine.kernels.activations import gelu_mul, gelu_tanh_mul, silu_mul
 from engine.kernels.compiler import compiling_ahead
 from engine.kernels.norms import add_rms_norm, norm_add_norm, rms_norm
 from engine.kernels.rotary import rotate_and_write
+from engine.kernels.skinny_linear import Activation, SkinnyDevice
 from engine.linear import Linear
 
 logger = logging.getLogger(__name__)
@@ -42,10 +44,10 @@ KNOWN_LAYERS = frozenset(
 _FLOAT_NORMS = ("Gemma2RMSNorm", "Gemma3RMSNorm", "GptOssRMSNorm")  # these multiply by the weight before they round
 _ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "silu": silu_mul,
-    "swish": silu_mul,
-    "gelu_pytorch_tanh": gelu_tanh_mul,
+    "gelu_tanh": gelu_tanh_mul,
     "gelu": gelu_mul,
 }
+_FUSED_ACTIVATIONS = frozenset(get_args(Activation))  # that a product of few rows applies itself
 _PROBE_POSITIONS = (0, 1, 2, 7, 11, 40, 63, 100)
 _MAX_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _TABLE_CHUNK = 8192
@@ -71,15 +73,15 @@ class Norm:
             round_before_weight=name not in _FLOAT_NORMS,
         )
 
-    def options(self) -> dict[str, Any]:
-        return {"offset": self.offset, "round_before_weight": self.round_before_weight}
-
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, **self.options())
+        return rms_norm(x, self.weight, self.eps, offset=self.offset, round_before_weight=self.round_before_weight)
 
-    def add_and_apply(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """residual += x in place; returns the norm of it."""
-        return add_rms_norm(x, residual, self.weight, self.eps, **self.options())
+    def add_and_apply(self, x: torch.Tensor, residual: torch.Tensor, post: Norm | None) -> torch.Tensor:
+        """residual += x (or post(x), Gemma's sandwich) in place; returns the norm of it."""
+        how: dict[str, Any] = {"offset": self.offset, "round_before_weight": self.round_before_weight}
+        if post is None:
+            return add_rms_norm(x, residual, self.weight, self.eps, **how)
+        return norm_add_norm(x, post.weight, residual, self.weight, self.eps, **how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +94,12 @@ class RotaryTable:
 
 @dataclass(frozen=True, slots=True)
 class FusedLayer:
-    """One decoder layer. mlp: [T, E] -> [T, E]. post_*: Gemma's norms of what is added to the residual; None elsewhere."""
+    """One decoder layer. post_attention_norm, post_mlp_norm: Gemma's norms of what is added to the residual; None elsewhere."""
 
     index: int
     qkv: Linear
     output: Linear
-    mlp: Callable[[torch.Tensor], torch.Tensor]
+    mlp: DenseMlp | SparseMlp
     input_norm: Norm
     mlp_norm: Norm
     post_attention_norm: Norm | None
@@ -107,9 +109,6 @@ class FusedLayer:
     sinks: torch.Tensor | None
     rotary: RotaryTable
     spec: LayerSpec
-
-    def project(self, normed: torch.Tensor) -> torch.Tensor:
-        return self.qkv(normed)  # type: ignore[no-any-return]
 
     def rotate(
         self,
@@ -153,58 +152,170 @@ class FusedLayer:
         by_head = qkv.view(qkv.shape[0], heads + 2 * kv_heads, dim)
         return by_head[:, :heads], by_head[:, heads : heads + kv_heads], by_head[:, heads + kv_heads :]
 
-    def finish(self, attended: torch.Tensor, residual: torch.Tensor, next_norm: Norm | None) -> torch.Tensor:
-        """From attention's output [T, H * D] to the next layer's normed input; the residual is updated in place. Without a
-        next norm, the residual is complete and what is returned means nothing."""
-        out = self.output(attended)
-        if self.post_attention_norm is None:
-            normed = self.mlp_norm.add_and_apply(out, residual)
+    def linears(self) -> list[Linear]:
+        dense = [self.mlp.gate_up, self.mlp.down] if isinstance(self.mlp, DenseMlp) else []
+        return [self.qkv, self.output, *dense]
+
+    def project(self, x: torch.Tensor | None, residual: torch.Tensor, post: Norm | None, out: torch.Tensor) -> None:
+        """residual += post(x), where there still is an x to add; q, k and v of the normed residual into `out`."""
+        inputs, norm = _enter(self.qkv, self.input_norm, x, residual, post)
+        self.qkv(inputs, norm=norm, out=out)
+
+    def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+        """From attention's output [T, H * D] to what is yet to be added to the residual; None where it has been added."""
+        x = _leave(self.output, attended, residual, self.post_attention_norm)
+        return self.mlp(x, residual, self.mlp_norm, self.post_attention_norm, self.post_mlp_norm)
+
+
+def _enter(
+    linear: Linear, norm: Norm, x: torch.Tensor | None, residual: torch.Tensor, post: Norm | None
+) -> tuple[torch.Tensor, Norm | None]:
+    """What to multiply, and the norm that the product itself applies to it: for a few rows a linear norms on the way."""
+    if x is not None:
+        return norm.add_and_apply(x, residual, post), None
+    if linear.fuses(residual.shape[0], norm=True):
+        return residual, norm
+    return norm.apply(residual), None
+
+
+def _leave(linear: Linear, x: torch.Tensor, residual: torch.Tensor, post: Norm | None) -> torch.Tensor | None:
+    """A linear whose result goes to the residual: added by the product itself (None), or returned to be added later."""
+    if post is None and linear.fuses(x.shape[0]):
+        linear(x, residual=residual)
+        return None
+    return linear(x)  # type: ignore[no-any-return]
+
+
+class DenseMlp:
+    """Gate and up as one product, then the activation, then down."""
+
+    def __init__(self, gate_up: Linear, down: Linear, activation: str) -> None:
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+
+    def __call__(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, post: Norm | None, post_mlp: Norm | None
+    ) -> torch.Tensor | None:
+        """See FusedLayer.finish: residual += post(x) first, then the MLP of its norm."""
+        num_rows = residual.shape[0]
+        gated = self.gate_up.fuses(num_rows, gated=True) and self.activation in _FUSED_ACTIVATIONS
+        if gated and x is None and self.gate_up.fuses(num_rows, norm=True, gated=True):
+            hidden = self.gate_up(residual, norm=norm, activation=self.activation)
         else:
-            normed = _add_between(out, self.post_attention_norm, residual, self.mlp_norm)
-        out = self.mlp(normed)
-        if next_norm is None:
-            residual += out if self.post_mlp_norm is None else self.post_mlp_norm.apply(out)
-            return residual
-        if self.post_mlp_norm is None:
-            return next_norm.add_and_apply(out, residual)
-        return _add_between(out, self.post_mlp_norm, residual, next_norm)
+            normed = norm.apply(residual) if x is None else norm.add_and_apply(x, residual, post)
+            if gated:
+                hidden = self.gate_up(normed, activation=self.activation)
+            else:
+                hidden = _ACTIVATIONS[self.activation](self.gate_up(normed))
+        return _leave(self.down, hidden, residual, post_mlp)
 
 
-def _add_between(out: torch.Tensor, post: Norm, residual: torch.Tensor, following: Norm) -> torch.Tensor:
-    """residual += post(out); returns following(residual)."""
-    return norm_add_norm(out, post.weight, residual, following.weight, post.eps, **following.options())
+class SparseMlp:
+    """A mixture of experts as transformers has it: routed by its own module, experts as grouped products."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, post: Norm | None, post_mlp: Norm | None
+    ) -> torch.Tensor | None:
+        """See DenseMlp."""
+        normed = norm.apply(residual) if x is None else norm.add_and_apply(x, residual, post)
+        out = self.module(normed[None])
+        return (out[0] if isinstance(out, tuple) else out)[0]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What crosses attention: residual [T, E], qkv [T, (H + 2K) * D], attended [T, H * D], and the final hidden [T, E]."""
+
+    residual: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    hidden: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_tokens: int, layer: FusedLayer) -> Activations:
+        weight = layer.output.weight
+        dtype = layer.input_norm.weight.dtype
+        sizes = (layer.output.out_features, layer.qkv.out_features, layer.output.in_features, layer.output.out_features)
+        return cls(*(torch.zeros(num_tokens, size, dtype=dtype, device=weight.device) for size in sizes))
+
+    def first(self, num_tokens: int) -> Activations:
+        """Views of the first tokens' rows."""
+        return Activations(*(x[:num_tokens] for x in (self.residual, self.qkv, self.attended, self.hidden)))
+
+
+RunPiece = Callable[[int, Callable[[], None]], None]
+"""Runs one of the decoder's pieces, by number: as it is, or as a recorded graph of it."""
 
 
 class FusedDecoder:
-    """A decoder whose every layer is known: token ids to final hidden states, over pages."""
+    """A decoder whose every layer is known: token ids to final hidden states, over pages.
+
+    Attention cuts it into len(layers) + 1 pieces whose shapes depend on the number of tokens alone.
+    """
 
     def __init__(self, embed: nn.Module, layers: Sequence[FusedLayer], norm: Norm) -> None:
+        self.layers = tuple(layers)
         self._embed = embed
-        self._layers = tuple(layers)
         self._norm = norm
 
     def __call__(self, input_ids_T: torch.Tensor, attention: StepAttention) -> torch.Tensor:
-        """Final hidden states [T, E] of int64 ids [T]. Positions, slots and tables are in the attention's metadata."""
-        backend, metadata = cast(FusedAttentionBackend, attention.backend), attention.metadata
-        residual = self._embed(input_ids_T)
-        normed = self._layers[0].input_norm.apply(residual)
-        following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        for layer, next_norm in zip(self._layers, following, strict=True):
-            qkv = layer.project(normed)
-            backend.rotate_and_write(layer, qkv, metadata)
+        """Final hidden states [T, E] of int64 ids [T]."""
+        num_tokens = input_ids_T.shape[0]
+        activations = Activations.empty(num_tokens, self.layers[0])
+        self.run(lambda: input_ids_T, attention, attention.rows, activations, num_tokens, lambda _, work: work())
+        return activations.hidden
+
+    def run(
+        self,
+        input_ids: Callable[[], torch.Tensor],
+        attention: StepAttention,
+        writing: DeviceRows,
+        activations: Activations,
+        num_tokens: int,
+        run_piece: RunPiece,
+    ) -> None:
+        """All pieces in turn, with attention over the first num_tokens rows between them. writing: where all rows of the
+        activations, padding too, put their keys and values; input_ids: called within the first piece."""
+        backend = cast(FusedAttentionBackend, attention.backend)
+        attended = activations.attended[:num_tokens]
+        qkv = activations.qkv[:num_tokens]
+        run_piece(0, lambda: self._begin(input_ids(), backend, writing, activations))
+        for i, layer in enumerate(self.layers):
             q, k, v = layer.split(qkv)
-            attended = backend.attend(layer.index, q, k, v, metadata, layer.sinks)
-            normed = layer.finish(attended.flatten(1), residual, next_norm)
-        return normed
+            backend.attend(layer.index, q, k, v, attention.metadata, layer.sinks, out_THD=attended.view(q.shape))
+            run_piece(i + 1, partial(self._after, i, backend, writing, activations))
+
+    def _begin(self, input_ids_T: torch.Tensor, backend: FusedAttentionBackend, writing: DeviceRows, to: Activations) -> None:
+        to.residual.copy_(self._embed(input_ids_T))
+        self._enter_layer(0, None, None, backend, writing, to)
+
+    def _after(self, i: int, backend: FusedAttentionBackend, writing: DeviceRows, to: Activations) -> None:
+        """From the i-th layer's attention to the next one's, or to the end."""
+        x, post = self.layers[i].finish(to.attended, to.residual), self.layers[i].post_mlp_norm
+        if i + 1 < len(self.layers):
+            self._enter_layer(i + 1, x, post, backend, writing, to)
+        else:
+            to.hidden.copy_(self._norm.apply(to.residual) if x is None else self._norm.add_and_apply(x, to.residual, post))
+
+    def _enter_layer(
+        self,
+        i: int,
+        x: torch.Tensor | None,
+        post: Norm | None,
+        backend: FusedAttentionBackend,
+        writing: DeviceRows,
+        to: Activations,
+    ) -> None:
+        self.layers[i].project(x, to.residual, post, to.qkv)
+        backend.rotate_and_write(self.layers[i], to.qkv, writing)
 
     def linears(self) -> list[Linear]:
         """Every linear of the fused layers."""
-        found: list[Linear] = []
-        for layer in self._layers:
-            found += [layer.qkv, layer.output]
-            if isinstance(layer.mlp, _DenseMlp):
-                found += [layer.mlp.gate_up, layer.mlp.down]
-        return found
+        return [linear for layer in self.layers for linear in layer.linears()]
 
 
 def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> FusedDecoder | None:
@@ -217,6 +328,8 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
     if unknown:
         logger.info("%s runs as transformers has it: no fused form is known", ", ".join(unknown))
         return None
+    device = decoder.embed_tokens.weight.device
+    skinny = SkinnyDevice.of(device) if device.type == "cuda" else None
     tables = _rotary_tables(decoder, max(max_model_len, max(_PROBE_POSITIONS) + 1))
     checked: set[tuple[object, ...]] = set()
     fused: list[FusedLayer] = []
@@ -225,6 +338,8 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
         layer = _fuse_layer(
             module, spec, tables.get(layer_type, tables[None] if None in tables else next(iter(tables.values())))
         )
+        for linear in layer.linears():
+            linear.use_skinny(skinny)
         kind = (type(module.mlp).__name__, layer_type, spec.window, spec.has_sinks)
         if kind not in checked:
             checked.add(kind)
@@ -241,6 +356,10 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
                 )
                 return None
         fused.append(layer)
+    head = getattr(model, "lm_head", None)
+    if skinny is not None and isinstance(head, nn.Linear):
+        model.lm_head = Linear.from_linear(head, "lm_head")
+        model.lm_head.use_skinny(skinny)
     logger.info("fused the %d layers of %s", len(fused), type(model).__name__)
     return FusedDecoder(decoder.embed_tokens, fused, Norm.of(decoder.norm))
 
@@ -303,43 +422,21 @@ def _merge(parent: nn.Module, names: tuple[str, ...]) -> Linear:
     return Linear.merge([getattr(parent, name) for name in names], names)
 
 
-class _DenseMlp:
-    """Gate and up as one product, then the activation, then down."""
-
-    def __init__(self, gate_up: Linear, down: Linear, activation: Callable[..., torch.Tensor]) -> None:
-        self.gate_up = gate_up
-        self.down = down
-        self.activation = activation
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.gate_up(x)))  # type: ignore[no-any-return]
-
-
-class _SparseMlp:
-    """A mixture of experts as transformers has it: routed by its own module, experts as grouped products."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.module(x[None])
-        return (out[0] if isinstance(out, tuple) else out)[0]  # type: ignore[no-any-return]
-
-
-def _fuse_mlp(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    activation = _ACTIVATIONS.get(_activation_name(module))
-    if activation is None or not hasattr(module, "down_proj") or isinstance(module.down_proj, nn.Parameter):
-        return _SparseMlp(module)
+def _fuse_mlp(module: Any) -> DenseMlp | SparseMlp:
+    activation = _activation_name(module)
+    if activation not in _ACTIVATIONS or not hasattr(module, "down_proj") or isinstance(module.down_proj, nn.Parameter):
+        return SparseMlp(module)
     if hasattr(module, "gate_up_proj"):
         gate_up = Linear.from_linear(module.gate_up_proj, "gate_up_proj")
     else:
         gate_up = _merge(module, ("gate_proj", "up_proj"))
-    return _DenseMlp(gate_up, Linear.from_linear(module.down_proj, "down_proj"), activation)
+    return DenseMlp(gate_up, Linear.from_linear(module.down_proj, "down_proj"), activation)
 
 
 def _activation_name(module: Any) -> str:
     config = getattr(module, "config", None)
-    return str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
+    name = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
+    return {"swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}.get(name, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,10 +476,14 @@ def _difference(module: Any, layer: FusedLayer, decoder: Any, layer_type: str | 
     pages = torch.zeros(2, 1, spec.num_kv_heads, block_size, spec.head_dim, dtype=weight.dtype, device=device)
     table = torch.zeros(1, max(_PROBE_POSITIONS) // block_size + 1, dtype=torch.int32, device=device)
     residual = hidden.clone()
-    qkv = layer.project(layer.input_norm.apply(hidden))
+    qkv = hidden.new_empty(len(_PROBE_POSITIONS), layer.qkv.out_features)
+    layer.project(None, residual, None, qkv)
     slots = torch.zeros(len(_PROBE_POSITIONS), dtype=torch.int32, device=device)
     layer.rotate(qkv, positions.to(torch.int32), slots, table, (pages[0], pages[1]))
-    actual = layer.finish(_mix(*layer.split(qkv)).flatten(1), residual, None).float()
+    x = layer.finish(_mix(*layer.split(qkv)).flatten(1), residual)
+    if x is not None:
+        residual += x if layer.post_mlp_norm is None else layer.post_mlp_norm.apply(x)
+    actual = residual.float()
     return float((actual - expected).norm() / expected.norm())
 
 

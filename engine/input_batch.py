@@ -210,10 +210,10 @@ class SamplingSlots:
 @dataclass(slots=True)
 class StepInputs:
     """What one forward reads. input_ids, position_ids: int64 [1, T] on the device. row_ends: [R], one past each row's last
-    token among the T."""
+    token among the T. Where the tokens went to static memory, ids and positions are None."""
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: torch.Tensor | None
+    position_ids: torch.Tensor | None
     ragged: RaggedBatch
     row_ends: IntArray
 
@@ -236,7 +236,8 @@ class _Rows:
 class InputBatch:
     """Every slot's tokens, page ids and sampling state. The device has last tokens and penalty counts, the host the rest.
 
-    With on_device the device also keeps block tables and sampling columns (`feed`), and gets a step's rows there.
+    With on_device the device also keeps block tables and sampling columns (`feed`), and gets a step's rows there;
+    static_tokens: see StepFeed's max_tokens.
     """
 
     def __init__(
@@ -249,6 +250,7 @@ class InputBatch:
         vocab_size: int,
         device: torch.device,
         on_device: bool = False,
+        static_tokens: int = 0,
     ) -> None:
         max_blocks = -(-max_model_len // block_size)
         self._device = device
@@ -260,7 +262,15 @@ class InputBatch:
         self._tables = [np.zeros((max_num_seqs, max_blocks), dtype=np.int32) for _ in range(num_groups)]
         self._num_blocks = np.zeros((num_groups, max_num_seqs), dtype=np.int64)
         self.feed = (
-            StepFeed(num_groups=num_groups, num_slots=max_num_seqs, max_blocks=max_blocks, device=device) if on_device else None
+            StepFeed(
+                num_groups=num_groups,
+                num_slots=max_num_seqs,
+                max_blocks=max_blocks,
+                max_tokens=static_tokens,
+                device=device,
+            )
+            if on_device
+            else None
         )
         self._last_token = (
             torch.zeros(max_num_seqs, dtype=torch.int64, device=device) if self.feed is None else self.feed.last_token
@@ -296,8 +306,9 @@ class InputBatch:
             if self.feed is not None:
                 self.feed.append_blocks(group, slot, start, ids)
 
-    def build(self, step: SchedulerOutput) -> StepInputs:
-        """The inputs of a step's forward; `apply` comes first."""
+    def build(self, step: SchedulerOutput, padded_tokens: int | None = None) -> StepInputs:
+        """The inputs of a step's forward; `apply` comes first. padded_tokens: put the tokens into the feed's static memory,
+        padded to so many."""
         rows = _Rows.of(step)
         row_ends = np.cumsum(rows.counts)
         row_of_token = np.repeat(np.arange(rows.slots.size), rows.counts)
@@ -309,7 +320,8 @@ class InputBatch:
             assert (last_known == rows.ends)[sampled].all(), "only a last token can be unknown"
         if self.feed is not None:
             known_ids[row_ends[sampled] - 1] = -1
-            return self._build_on_device(self.feed, step, rows, row_ends, row_of_token, known_ids, positions)
+            token_slots = rows.slots[row_of_token]
+            return self._build_on_device(self.feed, step, rows, row_ends, (known_ids, positions, token_slots), padded_tokens)
         input_ids = to_device(known_ids.astype(np.int64), self._device)
         if sampled.size:
             device_slots = to_device(rows.slots[sampled], self._device)
@@ -327,18 +339,19 @@ class InputBatch:
         step: SchedulerOutput,
         rows: _Rows,
         row_ends: IntArray,
-        row_of_token: IntArray,
-        known_ids: npt.NDArray[np.int32],
-        positions: IntArray,
+        tokens: tuple[npt.NDArray[np.int32], IntArray, IntArray],
+        padded_tokens: int | None,
     ) -> StepInputs:
-        """Rows into the feed's static memory, tokens beside them in a copy of their own size."""
-        num_rows, num_tokens = rows.slots.size, positions.size
+        """Rows into the feed's static memory; tokens (ids, positions, slots) there too, or into a copy of their own size."""
+        num_rows, num_tokens = rows.slots.size, tokens[0].size
         feed.send({"row_slots": rows.slots, "seq_lens": rows.ends, **self._sample_fields(step, rows)}, padded_to=num_rows)
-        parts = (known_ids, positions, rows.slots[row_of_token], rows.starts, np.zeros(1), row_ends)
+        own_tokens = () if padded_tokens is not None else tokens
+        if padded_tokens is not None:
+            feed.send_tokens(*tokens, padded_to=padded_tokens)
+        parts = (rows.starts, np.zeros(1), row_ends, *own_tokens)
         packed = to_device(np.concatenate(parts).astype(np.int32), self._device)
-        input_ids, positions_T, token_slots, context_lens, query_starts = packed.split(
-            [num_tokens, num_tokens, num_tokens, num_rows, num_rows + 1]
-        )
+        context_lens, query_starts, *own = packed.split([num_rows, num_rows + 1, *[num_tokens for _ in own_tokens]])
+        input_ids, positions, token_slots = own if own else feed.tokens(num_tokens)
         is_chunk = np.flatnonzero(rows.counts != 1)
         device_rows = DeviceRows(
             block_tables=feed.tables,
@@ -346,14 +359,14 @@ class InputBatch:
             seq_lens=feed.field("seq_lens", num_rows),
             context_lens=context_lens,
             query_starts=query_starts,
-            positions=positions_T,
+            positions=positions,
             token_slots=token_slots,
             num_decodes=int(is_chunk[0]) if is_chunk.size else num_rows,
         )
         tables = self._block_tables(step.slots, rows.ends)
         return StepInputs(
-            input_ids=feed.resolve_ids(input_ids, token_slots)[None],
-            position_ids=positions_T.to(torch.int64)[None],
+            input_ids=feed.resolve_ids(input_ids, token_slots)[None] if padded_tokens is None else None,
+            position_ids=positions.to(torch.int64)[None] if padded_tokens is None else None,
             ragged=RaggedBatch(step.num_tokens, step.start_positions, tables, device_rows),
             row_ends=row_ends,
         )

@@ -25,6 +25,9 @@ _TIED_BY_DEFAULT = ("gemma",)  # families whose files need not say that the head
 _FULL_LAYER_EVERY = {"gemma2": 2, "gemma3_text": 6}  # in files that do not list their layers' types
 _LOGITS_COPIES = 5  # float32, [max_num_seqs, vocabulary]: as the general sampling path holds at once
 _STEP_MARGIN = 1.5  # of a step's temporaries: what the allocator cannot give back in time
+MAX_GRAPH_TOKENS = 2048
+"""Tokens up to which steps with prompt chunks run as graphs: beyond, the device takes longer than launching does."""
+
 _LAUNCHES_PER_LAYER = 16
 _BYTES_PER_LAUNCH = 16 << 10  # of a launch recorded in a CUDA graph, on the device, generously
 
@@ -258,12 +261,22 @@ def graph_batch_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
 
 
+def graph_token_counts() -> tuple[int, ...]:
+    """Token counts that graphs of steps with prompt chunks are made for, ascending: multiples of 16, in steps of at most an
+    eighth, to MAX_GRAPH_TOKENS."""
+    sizes = [16]
+    while sizes[-1] < MAX_GRAPH_TOKENS:
+        sizes.append(sizes[-1] + max(16, 1 << (sizes[-1].bit_length() - 3)))
+    return tuple(sizes)
+
+
 def graph_bytes(shape: ModelShape, *, max_num_seqs: int, bytes_per_element: int) -> int:
-    """Set aside for CUDA graphs: a pool of temporaries for the largest batch, and the recorded launches of every size."""
-    launches = _LAUNCHES_PER_LAYER * shape.num_layers * len(graph_batch_sizes(max_num_seqs))
+    """Set aside for CUDA graphs: a pool of temporaries for the largest step, and the recorded launches of every size."""
+    num_sizes = len(graph_batch_sizes(max_num_seqs)) + len(graph_token_counts())
+    launches = _LAUNCHES_PER_LAYER * shape.num_layers * num_sizes
     experts = shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.expert_size)
     width = 8 * shape.hidden_size + max(4 * shape.intermediate_size, experts) + shape.vocab_size
-    return launches * _BYTES_PER_LAUNCH + max_num_seqs * width * bytes_per_element
+    return launches * _BYTES_PER_LAUNCH + max(max_num_seqs, MAX_GRAPH_TOKENS) * width * bytes_per_element
 
 
 def kv_bytes_per_element(kv_cache_dtype: str, bytes_per_element: int) -> int:

@@ -1,15 +1,17 @@
 """ModelRunner: the device side of a step. `launch` runs the forward and returns at once; `sample` draws the tokens.
 
-On a GPU a step of decodes alone runs from static memory (`step_feed.py`), padded to a bucket of rows, as a CUDA graph once
-there is one for the bucket; sampling has graphs of its own. Every other step is launched kernel by kernel.
+On a GPU a step of decodes alone runs from static memory (`step_feed.py`), padded to a bucket of rows, as one CUDA graph once
+there is one for the bucket; sampling has graphs of its own. A step with prompt chunks runs in pieces, between which attention
+is launched by itself: up to MAX_GRAPH_TOKENS, padded to a bucket of tokens, the pieces are graphs too.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,10 +23,10 @@ from engine.attention.base import AttentionBackend, RaggedBatch
 from engine.attention.hf import StepAttention
 from engine.cuda_graphs import CudaGraphs
 from engine.errors import OutOfDeviceMemory
-from engine.fusion import FusedDecoder
+from engine.fusion import Activations, FusedDecoder
 from engine.input_batch import InputBatch, IntArray, StepInputs
 from engine.kernels.sampling import SamplingWorkspace, sample_tokens
-from engine.memory_plan import graph_batch_sizes
+from engine.memory_plan import MAX_GRAPH_TOKENS, graph_batch_sizes, graph_token_counts
 from engine.messages import TokenLogprobs
 from engine.sampler import LogprobsTensors, compute_logprobs, sample
 from engine.sampling_params import SamplingParams
@@ -58,14 +60,14 @@ class SplitModel:
         self._head = copy.copy(model)
         self._head._modules = {**model._modules, prefix: _GivenHiddenStates()}
         self._vocab_size = vocab_size
-        self._fused = fused
+        self.fused = fused
 
     def hidden_states(
         self, input_ids_1T: torch.Tensor, position_ids_1T: torch.Tensor, attention: StepAttention
     ) -> torch.Tensor:
         """Final hidden states [T, hidden size]."""
-        if self._fused is not None:
-            return self._fused(input_ids_1T[0], attention)
+        if self.fused is not None:
+            return self.fused(input_ids_1T[0], attention)
         output = self._decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, paged_attention=attention)
         return output.last_hidden_state[0]  # type: ignore[no-any-return]
 
@@ -195,12 +197,14 @@ class ModelRunner:
             vocab_size=vocab_size,
             device=device,
             on_device=on_device,
+            static_tokens=MAX_GRAPH_TOKENS,
         )
         self._launched: _Launched | None = None
         self._buckets = graph_batch_sizes(max_num_seqs)
+        self._token_buckets = graph_token_counts()
         self._graphs = CudaGraphs(device) if use_graphs and on_device and backend.graphs else None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ran: set[tuple[str, int, str]] = set()  # what has run kernel by kernel, and so may be captured
+        self._static = Activations.empty(MAX_GRAPH_TOKENS, fused.layers[0]) if fused is not None else None
         if on_device:
             dtype = next(model.parameters()).dtype
             self._logits = torch.empty(max_num_seqs, vocab_size, dtype=dtype, device=device)
@@ -214,6 +218,8 @@ class ModelRunner:
         Raises OutOfDeviceMemory where the forward does not fit: no token was sampled, and the same rows may be launched again.
         """
         assert self._launched is None, "the step before was not sampled"
+        if self._graphs is not None:
+            self._graphs.begin_step()
         with _told_apart(step):
             self._batch.apply(step)
             if self._batch.feed is not None and _is_decodes_alone(step):
@@ -225,7 +231,7 @@ class ModelRunner:
         num_rows = len(step.slots)
         bucket = next(size for size in self._buckets if size >= num_rows)
         self._batch.send_decodes(step, padded_to=bucket)
-        self._run(("decode", bucket, ""), lambda: self._decode(bucket))
+        self._run(("decode", bucket), lambda: self._decode(bucket))
         return _Launched(
             step=step,
             slots=step.slots,
@@ -237,27 +243,18 @@ class ModelRunner:
             bucket=bucket,
         )
 
-    def _run(self, key: tuple[str, int, str], work: Callable[[], None]) -> None:
-        """By its graph, by a graph captured now, or kernel by kernel. A capture is a pause: not in every step, and only of
-        what has run before."""
-        graphs = self._graphs
-        if graphs is None:
+    def _run(self, key: Hashable, work: Callable[[], None]) -> None:
+        if self._graphs is None:
             work()
-            return
-        if graphs.replay(key):
-            return
-        if key in self._ran and graphs.may_capture() and graphs.capture(key, work):
-            graphs.replay(key)
-            return
-        work()
-        self._ran.add(key)
+        else:
+            self._graphs.run(key, work)
 
     def _decode(self, bucket: int) -> None:
         """The forward of a step of decodes, from the feed's static memory to the static logits."""
         feed = self._batch.feed
         assert feed is not None
         rows = feed.decode_rows(bucket)
-        attention = StepAttention(self._backend, self._backend.prepare(RaggedBatch([], [], (), rows)))
+        attention = StepAttention.of(self._backend, RaggedBatch([], [], (), rows))
         positions = rows.positions.to(torch.int64)
         hidden = self._model.hidden_states(feed.decode_ids(bucket)[None], positions[None], attention)
         self._logits[:bucket].copy_(self._model.logits(hidden))
@@ -267,9 +264,14 @@ class ModelRunner:
         rows, logits_index = np.unique(np.array(source_rows, dtype=np.int64), return_inverse=True)
         logits, prompt_logprobs = None, {}
         if step.slots:
-            inputs = self._batch.build(step)
-            attention = StepAttention(self._backend, self._backend.prepare(inputs.ragged))
-            hidden = self._model.hidden_states(inputs.input_ids, inputs.position_ids, attention)
+            bucket = self._token_bucket(step.total_num_tokens)
+            inputs = self._batch.build(step, bucket)
+            attention = StepAttention.of(self._backend, inputs.ragged)
+            if bucket is not None:
+                hidden = self._run_in_pieces(attention, bucket, step.total_num_tokens)
+            else:
+                assert inputs.input_ids is not None and inputs.position_ids is not None
+                hidden = self._model.hidden_states(inputs.input_ids, inputs.position_ids, attention)
             if copies := [block_copy for fork in step.forks for block_copy in fork.block_copies]:
                 self._backend.copy_blocks(copies)
             if source_rows:
@@ -284,6 +286,27 @@ class ModelRunner:
             logits=logits,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _token_bucket(self, num_tokens: int) -> int | None:
+        """Tokens that a step is padded to; None where it does not run from static memory."""
+        if self._static is None or self._batch.feed is None:
+            return None
+        return next((size for size in self._token_buckets if size >= num_tokens), None)
+
+    def _run_in_pieces(self, attention: StepAttention, bucket: int, num_tokens: int) -> torch.Tensor:
+        """Final hidden states [num_tokens, E] of the tokens in the feed's static memory."""
+        fused, feed, static = self._model.fused, self._batch.feed, self._static
+        assert fused is not None and feed is not None and static is not None
+        input_ids, positions, token_slots = feed.tokens(bucket)
+        fused.run(
+            lambda: feed.resolve_ids(input_ids, token_slots),
+            attention,
+            replace(attention.rows, positions=positions, token_slots=token_slots),
+            static.first(bucket),
+            num_tokens,
+            lambda piece, work: self._run(("piece", bucket, piece), work),
+        )
+        return static.hidden[:num_tokens]
 
     def _prompt_logprobs(
         self, step: SchedulerOutput, inputs: StepInputs, hidden: torch.Tensor
@@ -394,23 +417,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def idle(self) -> bool:
-        """Capture one missing graph of a step of decodes; returns whether there are more. For moments without work."""
+        """Capture the graphs of one missing bucket; returns whether there are more. For moments without work."""
         graphs, feed = self._graphs, self._batch.feed
-        if graphs is None or feed is None or graphs.failed:
+        if graphs is None or feed is None:
             return False
-        missing = [size for size in self._buckets if ("decode", size, "") not in graphs]
-        if not missing:
-            return False
-        bucket = missing[0]
-        feed.send({}, padded_to=bucket)
-        for key, work in (
-            (("decode", bucket, ""), lambda: self._decode(bucket)),
-            (("sample", bucket, "greedy"), lambda: self._draw(self._logits[:bucket], bucket, "greedy")),
-        ):
-            work()  # on padding rows, which leave nothing behind
-            if key not in graphs:
-                graphs.capture(key, work)
-        return len(missing) > 1
+        missing = [size for size in self._buckets if ("decode", size) not in graphs]
+        missing_tokens = [size for size in self._token_buckets if ("piece", size, 0) not in graphs] if self._static else []
+        for _ in range(2):  # the first run is what the recording repeats
+            graphs.begin_step(idle=True)
+            if missing:
+                self._run_padding(missing[0])
+            elif missing_tokens:
+                self._run_padding_tokens(missing_tokens[0])
+        return len(missing) + len(missing_tokens) > 1
+
+    def _run_padding(self, bucket: int) -> None:
+        """A step of decodes and every form of sampling, on padding rows, which leave nothing behind."""
+        assert self._batch.feed is not None
+        self._batch.feed.send({}, padded_to=bucket)
+        self._run(("decode", bucket), lambda: self._decode(bucket))
+        for mode in ("greedy", "random", "filtered"):
+            self._run(("sample", bucket, mode), partial(self._draw, self._logits[:bucket], bucket, mode))
+
+    def _run_padding_tokens(self, bucket: int) -> None:
+        """The pieces of a step with chunks, on padding tokens, which leave nothing behind."""
+        feed = self._batch.feed
+        assert feed is not None
+        none = np.zeros(0, dtype=np.int32)
+        feed.send({}, padded_to=1)
+        feed.send_tokens(none, none, none, padded_to=bucket)
+        # Attention gets one padding row: of length 0, as in a step of decodes.
+        rows = feed.decode_rows(1)
+        self._run_in_pieces(StepAttention.of(self._backend, RaggedBatch([], [], (), rows)), bucket, 1)
 
     def warm_up(self, num_tokens: int = 64) -> None:
         """Run every kind of step once, on the scratch page: what is compiled or set up at first use is ready then.
@@ -431,20 +469,17 @@ class ModelRunner:
         for step in [*steps, SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=[0])]:
             self.launch(step)
             self.sample(None).wait()
-        self._warm_up_decodes()
+        self._warm_up_buckets()
 
     @torch.inference_mode()
-    def _warm_up_decodes(self) -> None:
-        """Every bucket, on padding rows, which leave nothing behind; every form of sampling."""
+    def _warm_up_buckets(self) -> None:
         if self._batch.feed is None:
             return
         for bucket in self._buckets:
-            self._batch.feed.send({}, padded_to=bucket)
-            self._decode(bucket)
-            self._ran.add(("decode", bucket, ""))
-            for mode in ("greedy", "random", "filtered"):
-                self._draw(self._logits[:bucket], bucket, mode)
-                self._ran.add(("sample", bucket, mode))
+            self._run_padding(bucket)
+        if self._static is not None:
+            for bucket in self._token_buckets:
+                self._run_padding_tokens(bucket)
 
     def profile(self, num_tokens: int) -> int:
         """Bytes that a step of num_tokens takes beside weights and pages, measured on the scratch page. GPU only."""

@@ -18,10 +18,12 @@ from engine.attention.base import DeviceRows
 from engine.kernels.sampling import SamplingColumns
 
 Ints = npt.NDArray[np.int32]
+AnyInts = npt.NDArray[np.integer[Any]]
 
 _COLUMNS = ("temperature", "top_p", "min_p", "top_k", "output_index")
 _FLOAT_COLUMNS = frozenset({"temperature", "top_p", "min_p"})
 _ROW_FIELDS = ("row_slots", "seq_lens", "input_ids", "sample_slots")
+_TOKEN_FIELDS = ("input_ids", "positions", "token_slots")
 _NUM_HOST_BUFFERS = 4  # a step in flight still reads its own: two are in flight at most
 
 
@@ -39,9 +41,10 @@ class StepFeed:
     """Persistent device memory of `num_slots` slots: block tables, sampling columns, last tokens, and a step's rows.
 
     tables: by KV group, int32 [num_slots, max_blocks]. columns: the sampling knobs by slot. last_token: int64 [num_slots].
+    max_tokens: of a step whose tokens may lie in static memory too.
     """
 
-    def __init__(self, *, num_groups: int, num_slots: int, max_blocks: int, device: torch.device) -> None:
+    def __init__(self, *, num_groups: int, num_slots: int, max_blocks: int, max_tokens: int, device: torch.device) -> None:
         self.num_slots = num_slots
         self._device = device
         self._max_blocks = max_blocks
@@ -63,6 +66,7 @@ class StepFeed:
         self._host_rows = [
             torch.zeros(self._rows.shape, dtype=torch.int32, pin_memory=pinned) for _ in range(_NUM_HOST_BUFFERS)
         ]
+        self._tokens = torch.zeros(len(_TOKEN_FIELDS), max_tokens, dtype=torch.int32, device=device)
         self._next_host_buffer = 0
         self._changes: list[tuple[npt.NDArray[np.int64], Ints]] = []
 
@@ -81,8 +85,8 @@ class StepFeed:
     def set_sampling(
         self, slot: int, *, temperature: float, top_k: int, top_p: float, min_p: float, seed: int, output_index: int
     ) -> None:
-        """A slot's knobs, from the next `send` on. seed: 64 bits. output_index: output tokens so far; the sampling kernel counts
-        on from there."""
+        """A slot's knobs, from the next `send` on. seed: 64 bits. output_index: output tokens so far; the sampling kernel
+        counts on from there."""
         floats = np.array([temperature, top_p, min_p], dtype=np.float32).view(np.int32)
         seed_words = np.array([seed], dtype=np.uint64).view(np.int32)
         values = np.concatenate([seed_words, floats, [top_k, output_index]]).astype(np.int32)
@@ -97,7 +101,7 @@ class StepFeed:
 
     # -- a step -----------------------------------------------------------------------------------------------------
 
-    def send(self, fields: Mapping[str, npt.NDArray[np.integer[Any]]], padded_to: int) -> None:
+    def send(self, fields: Mapping[str, AnyInts], padded_to: int) -> None:
         """Send noted changes and a step's rows (see _ROW_FIELDS; missing ones stay zero), padded to `padded_to` rows.
 
         Padding rows have seq_len 0 and name slot 0, and no slot (-1) to sample for.
@@ -117,6 +121,18 @@ class StepFeed:
         for name, given in fields.items():
             host[_ROW_FIELDS.index(name), : given.size] = given
         self._rows.copy_(buffer, non_blocking=True)
+
+    def send_tokens(self, input_ids: AnyInts, positions: AnyInts, token_slots: AnyInts, padded_to: int) -> None:
+        """A step's tokens into static memory, padded with tokens at position -1, which leave nothing in any page."""
+        host = np.zeros((len(_TOKEN_FIELDS), padded_to), dtype=np.int32)
+        count = input_ids.size
+        host[0, :count], host[1, :count], host[2, :count] = input_ids, positions, token_slots
+        host[1, count:] = -1
+        self._tokens[:, :padded_to].copy_(to_device(host, self._device))
+
+    def tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The first `count` of the static input ids, positions and slots, int32."""
+        return self._tokens[0, :count], self._tokens[1, :count], self._tokens[2, :count]
 
     def field(self, name: str, count: int) -> torch.Tensor:
         """The first `count` entries of a row field, int32, a view of the static buffer."""

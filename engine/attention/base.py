@@ -128,8 +128,9 @@ class FusedRotation(Protocol):
 class FusedAttentionBackend(AttentionBackend, Protocol):
     """A backend that the fused decoder can use: writing and attending are two calls."""
 
-    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, metadata: Any) -> None:
-        """The step's merged q, k, v [T, (H + 2K) * D] of one layer, rotated in place; k and v also go to their pages."""
+    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, rows: DeviceRows) -> None:
+        """Merged q, k, v [T, (H + 2K) * D] of one layer, rotated in place; k and v also go to their pages, by the rows'
+        positions, token_slots and block_tables."""
 
     def attend(
         self,
@@ -139,8 +140,10 @@ class FusedAttentionBackend(AttentionBackend, Protocol):
         v_TKD: torch.Tensor,
         metadata: Any,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `forward`, with the step's keys and values in their pages already."""
+        """As `forward`, with the step's keys and values in their pages already; into out_THD where given."""
 
 
 def group_layers(layers: Sequence[LayerSpec], block_size: int, bytes_per_element: int) -> tuple[KVGroupSpec, ...]:

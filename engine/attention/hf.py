@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from engine.attention.base import AttentionBackend, LayerSpec
+from engine.attention.base import AttentionBackend, DeviceRows, LayerSpec, RaggedBatch
 from engine.errors import ModelNotSupported
 
 ATTENTION_NAME = "octavo_paged"
@@ -31,10 +31,21 @@ class LayerAttention(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepAttention:
-    """One step's attention: the backend and the metadata that its `prepare` made for this step."""
+    """One step's attention: the backend and the metadata that its `prepare` made for this batch."""
 
     backend: AttentionBackend
     metadata: Any
+    batch: RaggedBatch
+
+    @classmethod
+    def of(cls, backend: AttentionBackend, batch: RaggedBatch) -> StepAttention:
+        return cls(backend, backend.prepare(batch), batch)
+
+    @property
+    def rows(self) -> DeviceRows:
+        """The step's rows on the device, where the batch has them."""
+        assert self.batch.device is not None
+        return self.batch.device
 
     def attend(
         self, module: torch.nn.Module, q_1HTD: torch.Tensor, k_1KTD: torch.Tensor, v_1KTD: torch.Tensor, call: Mapping[str, Any]

@@ -21,7 +21,7 @@ from engine.kernels.prefill_attention import PrefillWorkspace, paged_prefill_att
 from engine.kernels.rotary import write_kv
 from engine.step import KVGroupSpec
 
-_INTERPRETED: dict[str, Any] = {"tiles": DecodeTiles(16, 4, 1, 1, 1), "multiprocessors": 4}  # on a CPU, for tests
+_INTERPRETED: dict[str, Any] = {"tiles": DecodeTiles(16, 1, 1, 1), "multiprocessors": 4}  # on a CPU, for tests
 _GATHERED_TOKENS = 16384  # of long contexts, copied out of their pages once a layer: 64 MB for 8 heads of 128 in bfloat16
 _FP8_SCALE = 1.0  # keys and values of the models served lie well within e4m3's +-448
 
@@ -153,9 +153,8 @@ class TritonBackend:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
-    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, step: TritonStep) -> None:
-        """The step's merged q, k and v of one layer, rotated in place; k and v also go to their pages."""
-        rows = step.rows
+    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, rows: DeviceRows) -> None:
+        """See FusedAttentionBackend."""
         index = rotation.index
         table = rows.block_tables[self._group_of[index]]
         scales = (self._scale, self._scale)
@@ -192,9 +191,12 @@ class TritonBackend:
         v_TKD: torch.Tensor,
         metadata: TritonStep,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `forward`, with the step's keys and values in their pages already."""
-        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        """As `forward`, with the step's keys and values in their pages already; into out_THD where given."""
+        if out_THD is None:
+            out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if metadata.num_decodes == 0:
             self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
         elif metadata.chunks is None:

