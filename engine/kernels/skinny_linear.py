@@ -42,7 +42,7 @@ class SkinnyPlan:
     along E (matrix); num_stages: tiles of W under way (vector: 1 or 2). As a programmatic dependent: prefetch: inputs of each
     row of W asked for before the predecessor has ended; trigger: inputs after which the successor may start, -1 for at once."""
 
-    kind: Literal["vector", "matrix"]
+    kind: Literal["vector", "matrix", "stream"]
     block_rows: int
     block_n: int
     block_e: int
@@ -402,6 +402,118 @@ def _matrix_kernel(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _stream_kernel(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    parts_ptr,
+    arrived_ptr,
+    num_rows,
+    num_outputs,
+    num_units,
+    stride_x,
+    stride_y,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    TRIGGER: tl.constexpr,
+):
+    STEPS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    first = program * num_units // programs
+    last = (program + 1) * num_units // programs
+    slot = tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
+    m = tl.arange(0, ROWS)
+    if ACTIVATION is not None:  # gate and up rows side by side
+        TILE: tl.constexpr = BLOCK_N // 2
+        place_N = slot // 2
+        row_N = place_N + (slot % 2) * num_outputs
+    else:
+        TILE: tl.constexpr = BLOCK_N
+        place_N = slot
+        row_N = slot
+    if PDL:
+        if TRIGGER < 0:
+            tl.extra.cuda.gdc_launch_dependents()
+        if PREFETCH > 0:
+            ahead = weight_ptr + ((first // STEPS) * TILE).to(tl.int64) * E
+            line: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            _fetch_ahead(ahead, row_N, (first % STEPS) * BLOCK_E, E, PREFETCH, line)
+        tl.extra.cuda.gdc_wait()
+
+    weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
+    x_ptrs = x_ptr + m[None, :] * stride_x + e[:, None]
+    cell = m[None, :] * BLOCK_N + slot[:, None]
+    used = (m[None, :] < num_rows) & (slot[:, None] >= 0)
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for unit in tl.range(first, last, num_stages=STAGES):
+        tile = unit // STEPS
+        step = unit % STEPS
+        tile_ptrs = weight_ptrs + (tile.to(tl.int64) * (TILE * E) + step * BLOCK_E)
+        x_mask = m[None, :] < num_rows
+        if RAGGED:
+            inside = step * BLOCK_E + e < E
+            w_mask = (tile * TILE + place_N < num_outputs)[:, None] & inside[None, :]
+            w = tl.load(tile_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")
+            x_mask = x_mask & inside[:, None]
+        else:
+            w = tl.load(tile_ptrs, eviction_policy="evict_first")
+        x = tl.load(x_ptrs + step * BLOCK_E, mask=x_mask, other=0.0)
+        acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision="ieee")
+        if (step == STEPS - 1) | (unit == last - 1):
+            if (step == STEPS - 1) & (first <= tile * STEPS):
+                _finish(
+                    acc, tl.minimum(tile * TILE + place_N, num_outputs - 1) + row_N - place_N,
+                    scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
+                    ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
+                )  # fmt: skip
+            else:
+                part = program * 2 + (tile != first // STEPS).to(tl.int32)
+                tl.store(parts_ptr + part * (ROWS * BLOCK_N) + cell, acc, mask=used)
+            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+
+    if PDL and TRIGGER >= 0:
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.debug_barrier()  # all threads' parts are written before one of them counts the program in
+    for end in tl.static_range(2):
+        if end == 0:
+            tile = first // STEPS
+            shared = (first % STEPS != 0) | (last < (tile + 1) * STEPS)
+        else:
+            tile = (last - 1) // STEPS
+            shared = (tile != first // STEPS) & (last % STEPS != 0)
+        if shared:
+            first_program = ((tile * STEPS + 1) * programs - 1) // num_units
+            last_program = ((tile + 1) * STEPS * programs - 1) // num_units
+            before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
+            if before == last_program - first_program:
+                total = tl.zeros([BLOCK_N, ROWS], tl.float32)
+                for other in range(first_program, last_program + 1):
+                    part = other * 2 + (tile != (other * num_units // programs) // STEPS).to(tl.int32)
+                    total += tl.load(parts_ptr + part * (ROWS * BLOCK_N) + cell, mask=used, other=0.0, cache_modifier=".cg")
+                tl.store(arrived_ptr + tile, 0)
+                _finish(
+                    total, tl.minimum(tile * TILE + place_N, num_outputs - 1) + row_N - place_N,
+                    scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
+                    ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
+                )  # fmt: skip
+
+
 def skinny_linear(
     x_ME: torch.Tensor,
     weight_NE: torch.Tensor,
@@ -466,6 +578,15 @@ def skinny_linear(
         _vector_kernel[(tiles,)](
             x_ME, weight_NE, scale, bias, norm, y, y, rows, num_outputs, stride_x, stride_y, eps,
             LANE=_LANE, **shared, **options,
+        )  # fmt: skip
+        return y
+    if plan.kind == "stream":
+        units = tiles * triton.cdiv(num_inputs, plan.block_e)
+        programs = min(units, plan.splits)
+        del shared["NORM"], shared["NORM_OFFSET"]
+        _stream_kernel[(programs,)](
+            x_ME, weight_NE, scale, bias, y, y, workspace.parts, workspace.arrived, rows, num_outputs, units, stride_x, stride_y,
+            RAGGED=num_outputs % block_outputs != 0 or num_inputs % plan.block_e != 0, **shared, **options,
         )  # fmt: skip
         return y
     if norm_weight_E is not None and (plan.splits > 1 or x_ME.dtype == torch.float16):
