@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -55,7 +55,8 @@ class _Shape:
 class _Rows:
     """One execution's rows, padded to a shape that has a graph. lens and tables as cuDNN wants them, four-dimensional.
 
-    tokens: of the step, those of these rows. starts: [R + 1], first token of each row among them.
+    tokens: of the step, those of these rows. starts: [R + 1], first token of each row among them. scaled: starts in elements,
+    by the elements between tokens; only chunks have them, which are never captured.
     """
 
     tokens: slice
@@ -65,6 +66,13 @@ class _Rows:
     key_lens: torch.Tensor
     table: torch.Tensor
     starts: torch.Tensor
+    scaled: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def offsets(self, stride: int) -> torch.Tensor:
+        """[R + 1]: first element of each row's tokens."""
+        if stride not in self.scaled:
+            self.scaled[stride] = self.starts * stride
+        return self.scaled[stride]
 
 
 class CudnnBackend(PagedBackend):
@@ -177,11 +185,11 @@ class CudnnBackend(PagedBackend):
             _Uid.V_TABLE: rows.table,
         }
         if not is_decode:
-            tensors[_Uid.Q_OFFSETS] = rows.starts * q_THD.stride(0)
-            tensors[_Uid.OUT_OFFSETS] = rows.starts * out_THD.stride(0)
+            tensors[_Uid.Q_OFFSETS] = rows.offsets(q_THD.stride(0))
+            tensors[_Uid.OUT_OFFSETS] = rows.offsets(out_THD.stride(0))
         workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=q_THD.device)
         self._cudnn.set_stream(self._handle, torch.cuda.current_stream(self._device).cuda_stream)
-        graph.execute({int(uid): tensor for uid, tensor in tensors.items()}, workspace, handle=self._handle)
+        graph.execute(tensors, workspace, handle=self._handle)
 
     def _build(self, shape: _Shape) -> tuple[Any, int]:
         """An operation graph and the bytes of workspace it needs."""
