@@ -114,8 +114,7 @@ def plan_skinny(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int,
     if not 1 <= rows <= MAX_ROWS or weight_bytes > 2 or num_inputs % 16 or num_outputs * num_inputs < _SMALLEST_WEIGHT:
         return None
     if rows <= MAX_VECTOR_ROWS:
-        warps = 8 if num_inputs >= 8192 else 4
-        return SkinnyPlan("vector", 1 if rows == 1 else MAX_VECTOR_ROWS, 4, 256 * warps, 1, warps, 1, 1024, 1 << 20)
+        return SkinnyPlan("vector", triton.next_power_of_2(rows), 4, 2048, 1, 8, 2)
     block_rows = 16 if rows <= 16 else 64
     block_n, block_e, num_warps, num_stages = (64, 256, 4, 3) if block_rows == 16 else (64, 128, 4, 4)
     tiles = triton.cdiv(num_outputs, block_n)
@@ -585,8 +584,8 @@ def skinny_linear(
         programs = min(units, plan.splits)
         del shared["NORM"], shared["NORM_OFFSET"]
         _stream_kernel[(programs,)](
-            x_ME, weight_NE, scale, bias, y, y, workspace.parts, workspace.arrived, rows, num_outputs, units, stride_x, stride_y,
-            RAGGED=num_outputs % block_outputs != 0 or num_inputs % plan.block_e != 0, **shared, **options,
+            x_ME, weight_NE, scale, bias, y, y, workspace.parts, workspace.arrived, rows, num_outputs, units,
+            stride_x, stride_y, RAGGED=num_outputs % block_outputs != 0 or num_inputs % plan.block_e != 0, **shared, **options,
         )  # fmt: skip
         return y
     if norm_weight_E is not None and (plan.splits > 1 or x_ME.dtype == torch.float16):
