@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
 """What the HTTP process alone can do: `octavo serve` with an engine that computes nothing, and clients that only count.
 
-    scripts/bench_frontend.py                           # 256 streams, several rates, the cost of a token and of a request
-    scripts/bench_frontend.py --rates 30000 --profile   # one rate, with the frontend's time by function
+    scripts/bench_frontend.py                             # 256 streams, several rates, the cost of a token and of a request
+    scripts/bench_frontend.py --rates 30000 --profile F   # one rate, and the frontend's time by line of code in the file F
 
 The server is the real one in a process of its own; only the engine's command is replaced by this script, which speaks the
 engine's protocol and gives every open choice one token a step, at a fixed number of steps a second. The clients read raw bytes
 every few milliseconds and parse nothing but the usage at the end. All on loopback.
 
 For each rate: tokens a second as the clients received them, tokens an event, and the processor time of the frontend process
-from the first request to the last byte. The cost of a request is measured with answers of one token and taken off to get the
-cost of a token. Its parts are measured one by one on the real functions (see bench_frontend_parts.py).
+(all its threads) from the first request to the last byte, in user and in kernel mode. The time of a request beside its tokens
+is measured with answers of one token; what is left without it is the time of a token. Its parts are measured one by one on the
+real functions in one process (bench_frontend_parts.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -29,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ SCRIPTS = Path(__file__).resolve().parent
 START_TIMEOUT_S = 60
 RUN_TIMEOUT_S = 300
 READ_SIZE = 2**18
-PARTS_STEPS = 100
+UNLIMITED_RATE = 1e6
+MAX_OUTPUT_LEN = 16384
 TAIL_BYTES = 1024  # holds the last events of a stream, usage among them
 
 
@@ -52,7 +55,7 @@ TAIL_BYTES = 1024  # holds the last events of a stream, usage among them
 class Load:
     """`streams` requests open at a time, each of which is followed by another until there were `rounds`; lengths in tokens.
 
-    rate: tokens a second in all that the engine gives; 0: a step after the other.
+    rate: tokens a second in all that the engine offers. poll_ms: a client's pause between two looks at its sockets.
     """
 
     streams: int = 256
@@ -250,7 +253,7 @@ def measure(folder: Path, load: Load, profile: Path | None = None) -> Figures:
         return run_load(context, load, server, port)
 
 
-def describe_run(load: Load, figures: Figures) -> dict[str, Any]:
+def describe_run(load: Load, figures: Figures, request_cpu_s: float) -> dict[str, float]:
     """The figures of a run as they are printed and written: per second, per event, per token."""
     per_token_us = 1e6 * figures.cpu_s / figures.tokens
     return {
@@ -258,12 +261,11 @@ def describe_run(load: Load, figures: Figures) -> dict[str, Any]:
         "tokens_per_s": figures.tokens / figures.seconds,
         "tokens_per_event": figures.tokens / figures.events,
         "cpu_share": figures.cpu_s / figures.seconds,
-        "cpu_s_per_million_tokens": per_token_us,
-        "tokens_per_s_per_core": 1e6 / per_token_us,
+        "cpu_us_per_token": per_token_us,
         "user_us_per_token": 1e6 * figures.user_s / figures.tokens,
         "system_us_per_token": 1e6 * figures.system_s / figures.tokens,
-        "ttft_ms_p50": 1e3 * percentile(figures.ttft_s, 50),
-        "ttft_ms_p99": 1e3 * percentile(figures.ttft_s, 99),
+        "cpu_us_per_token_alone": per_token_us - 1e6 * request_cpu_s * figures.requests / figures.tokens,
+        "tokens_per_s_per_core": 1e6 / per_token_us,
     }
 
 
@@ -272,31 +274,31 @@ COLUMNS = (
     ("tokens/s", "tokens_per_s", ",.0f"),
     ("tokens/event", "tokens_per_event", ".2f"),
     ("cores busy", "cpu_share", ".2f"),
-    ("CPU µs/token", "cpu_s_per_million_tokens", ".2f"),
+    ("CPU µs/token", "cpu_us_per_token", ".2f"),
     ("user", "user_us_per_token", ".2f"),
     ("system", "system_us_per_token", ".2f"),
+    ("without requests", "cpu_us_per_token_alone", ".2f"),
     ("tokens/s/core", "tokens_per_s_per_core", ",.0f"),
 )
 
 
-def print_table(columns: Sequence[tuple[str, str, str]], rows: Sequence[dict[str, Any]]) -> None:
+def print_table(columns: Sequence[tuple[str, str, str]], rows: Sequence[dict[str, float]]) -> None:
     cells = [[title for title, _, _ in columns], *([format(row[key], spec) for _, key, spec in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
 
 
-def measure_requests(folder: Path, load: Load) -> dict[str, Any]:
-    """What a request costs before and after its tokens, and how long the first one takes, one request at a time."""
-    one = Load(
-        streams=1, rounds=200, input_len=load.input_len, output_len=1, rate=1e6, endpoint=load.endpoint, poll_ms=0
-    )  # fmt: skip
-    figures = measure(folder, one)
+def measure_requests(folder: Path, load: Load, num_requests: int) -> dict[str, float]:
+    """What a request costs beside its tokens, many at a time; and how long its first token takes, one at a time."""
+    short = replace(load, output_len=1, rate=UNLIMITED_RATE, clients=1)
+    many = measure(folder, replace(short, rounds=math.ceil(num_requests / load.streams)))
+    alone = measure(folder, replace(short, streams=1, rounds=num_requests, poll_ms=0))
     return {
         "input_len": load.input_len,
-        "cpu_ms_per_request": 1e3 * figures.cpu_s / figures.requests,
-        "ttft_ms_p50": 1e3 * percentile(figures.ttft_s, 50),
-        "ttft_ms_p99": 1e3 * percentile(figures.ttft_s, 99),
+        "cpu_ms": 1e3 * many.cpu_s / many.requests,
+        "ttft_ms_p50": 1e3 * percentile(alone.ttft_s, 50),
+        "ttft_ms_p99": 1e3 * percentile(alone.ttft_s, 99),
     }
 
 
@@ -306,39 +308,41 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=Load.rounds, help="requests of every stream, one after the other")
     parser.add_argument("--input-len", type=int, default=Load.input_len, help="words of a prompt; a token each, about")
     parser.add_argument("--output-len", type=int, default=Load.output_len, help="tokens of an answer")
-    parser.add_argument(
-        "--rates", type=float, nargs="+", default=[15000, 30000, 60000], help="tokens a second that are offered"
-    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[15000, 30000, 60000], help="tokens a second offered")
     parser.add_argument("--endpoint", choices=("completions", "chat"), default=Load.endpoint)
     parser.add_argument("--clients", type=int, default=Load.clients, help="client processes")
     parser.add_argument("--poll-ms", type=float, default=Load.poll_ms, help="a client's pause between two looks")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="write where the frontend's time goes, by sampling")
+    parser.add_argument("--requests", type=int, default=512, help="requests by which the cost of one is measured")
+    parser.add_argument("--steps", type=int, default=100, help="steps by which the parts of a token's cost are measured")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write there where the last rate's time goes, by sampling")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    options = {name: getattr(args, name) for name in Load.__dataclass_fields__ if hasattr(args, name)}
-    record: dict[str, Any] = {"load": options, "rates": []}
+    load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__ if hasattr(args, name)})
+    print(f"{load.streams} streams × {load.rounds}, {load.input_len} words in, {load.output_len} out, {load.endpoint}")
     with tempfile.TemporaryDirectory() as name:
         folder = build_model_folder(Path(name))
-        loads = [Load(**options, rate=rate) for rate in args.rates]
+        by_length = {
+            length: measure_requests(folder, replace(load, input_len=length), args.requests)
+            for length in sorted({load.input_len, 4 * load.input_len})
+        }
+        request_cpu_s = by_length[load.input_len]["cpu_ms"] / 1e3
+        loads = [replace(load, rate=rate) for rate in args.rates]
+        rates = [describe_run(one, measure(folder, one, args.profile), request_cpu_s) for one in loads]
+        long_answers = replace(load, output_len=MAX_OUTPUT_LEN)
+        parts = measure_parts(folder, [request_bytes(long_answers, index) for index in range(load.streams)], args.steps)
+    print_table(COLUMNS, rates)
+    for length, row in by_length.items():
         print(
-            f"{args.streams} streams × {args.rounds}, {args.input_len} words in, {args.output_len} tokens out, {args.endpoint}"
+            f"a request of {length} words: {row['cpu_ms']:.2f} ms of CPU beside its tokens; one at a time, its first token "
+            f"comes after {row['ttft_ms_p50']:.2f} ms (p50), {row['ttft_ms_p99']:.2f} ms (p99)"
         )
-        record["rates"] = [describe_run(load, measure(folder, load, args.profile)) for load in loads]
-        print_table(COLUMNS, record["rates"])
-        record["request"] = [measure_requests(folder, Load(**options | {"input_len": length})) for length in (128, 512)]
-        for row in record["request"]:
-            print(
-                f"a request of {row['input_len']} words: {row['cpu_ms_per_request']:.2f} ms of CPU, first token after "
-                f"{row['ttft_ms_p50']:.2f} ms (p50), {row['ttft_ms_p99']:.2f} ms (p99), one request at a time"
-            )
-        requests = [request_bytes(Load(**options | {"output_len": 4096}), index) for index in range(args.streams)]
-        record["parts"] = measure_parts(folder, requests, PARTS_STEPS)
-        print("µs/token by part: " + ", ".join(f"{name} {value:.2f}" for name, value in record["parts"].items()))
+    print("µs/token by part: " + ", ".join(f"{name} {value:.2f}" for name, value in parts.items()))
     if args.json:
+        record = {"load": asdict(load), "rates": rates, "requests": list(by_length.values()), "us_per_token": parts}
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -172,7 +172,7 @@ def run_engine(step_rate: float) -> None:
 
 
 class Sampler:
-    """Counts, every millisecond of processor time, the line that runs and the function around it.
+    """Counts, every few milliseconds of processor time, the line that runs and the function around it.
 
     Time in C code counts for the line that called it, the event loop's own for the callback after it.
     """

@@ -13,6 +13,7 @@ import multiprocessing
 import random
 import selectors
 import socket
+import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ async def measure_steps(client: OfflineClient, num_steps: int, turn: Callable[[b
         begin = time.process_time()
         await turn(payload)
         times.append(time.process_time() - begin)
-    return sorted(times[WARMUP_STEPS:])[num_steps // 10]
+    return statistics.median(times[WARMUP_STEPS:])
 
 
 async def measure_pipeline(folder: Path, requests: Sequence[bytes], num_steps: int, *, with_sockets: bool) -> float:
@@ -132,11 +133,13 @@ async def measure_pipeline(folder: Path, requests: Sequence[bytes], num_steps: i
     config.load()
     loop = asyncio.get_running_loop()
 
+    state = ServerState()
+
     def make_protocol() -> Any:
-        return config.http_protocol_class(config=config, server_state=ServerState(), app_state={}, _loop=loop)  # type: ignore[call-arg]
+        return config.http_protocol_class(config=config, server_state=state, app_state={}, _loop=loop)  # type: ignore[call-arg]
 
     context = multiprocessing.get_context("spawn")
-    reader = None
+    reader, protocols = None, []
     if with_sockets:
         connected = context.Event()
         server = await loop.create_server(make_protocol, "127.0.0.1", 0)
@@ -145,7 +148,7 @@ async def measure_pipeline(folder: Path, requests: Sequence[bytes], num_steps: i
         reader.start()
     else:
         for request in requests:
-            protocol = make_protocol()
+            protocols.append(protocol := make_protocol())
             protocol.connection_made(NoTransport({"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)}))
             protocol.data_received(request)
     while client.num_open_streams < len(requests) or (reader is not None and not connected.is_set()):
@@ -153,7 +156,7 @@ async def measure_pipeline(folder: Path, requests: Sequence[bytes], num_steps: i
 
     async def turn(payload: bytes) -> None:
         client.take(payload)
-        for _ in range(4):  # the tasks that were woken, and the loop's flush of what they wrote
+        for _ in range(3):  # the loop's flush of what was written, and tasks that were woken
             await asyncio.sleep(0)
 
     try:
@@ -161,6 +164,10 @@ async def measure_pipeline(folder: Path, requests: Sequence[bytes], num_steps: i
     finally:
         if reader is not None:
             reader.kill()
+        for protocol in protocols:
+            protocol.connection_lost(None)
+        while state.tasks:
+            await asyncio.sleep(0.01)
 
 
 async def measure_take(folder: Path, num_streams: int, num_steps: int) -> tuple[float, float]:
@@ -191,7 +198,7 @@ def measure_json(num_streams: int, num_steps: int) -> float:
         for text in texts:
             template.fill(text)
         times.append(time.process_time() - begin)
-    return sorted(times)[num_steps // 2]
+    return statistics.median(times)
 
 
 def measure_parts(folder: Path, requests: Sequence[bytes], num_steps: int) -> dict[str, float]:
