@@ -114,6 +114,11 @@ class CudnnBackend(PagedBackend):
             why = f"it needs cuDNN {_OLDEST_BACKEND} or newer, and {version} is loaded"
         return why
 
+    def allocate(self, num_blocks: Sequence[int]) -> None:
+        """See AttentionBackend."""
+        super().allocate(num_blocks)
+        self._built.clear()  # graphs know the number of pages
+
     def prepare(self, batch: RaggedBatch) -> PagedStep:
         """See AttentionBackend."""
         step = super().prepare(batch)
@@ -128,10 +133,12 @@ class CudnnBackend(PagedBackend):
         v_TKD: torch.Tensor,
         metadata: PagedStep,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FusedAttentionBackend."""
         assert sinks_H is None, "cuDNN has no sinks in decodes"
-        out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        out_THD = torch.zeros(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out_THD is None else out_THD.zero_()
         for rows in self._shared(layer_index, metadata):
             self._attend_rows(layer_index, rows, q_THD[rows.tokens], out_THD[rows.tokens])
         return out_THD

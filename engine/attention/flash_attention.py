@@ -73,6 +73,8 @@ class FlashAttentionBackend(PagedBackend):
         v_TKD: torch.Tensor,
         metadata: PagedStep,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FusedAttentionBackend."""
         layer, rows = self._layers[layer_index], metadata.rows
@@ -85,7 +87,7 @@ class FlashAttentionBackend(PagedBackend):
             "softcap": layer.softcap or 0.0,
         }
         if self._is_version_3:
-            out_THD, lse_HT, *_ = self._function(
+            attended_THD, lse_HT, *_ = self._function(
                 q_THD,
                 k_pages,
                 v_pages,
@@ -97,7 +99,7 @@ class FlashAttentionBackend(PagedBackend):
                 **options,
             )
         else:
-            out_THD, lse_HT, _ = self._function(
+            attended_THD, lse_HT, _ = self._function(
                 q_THD,
                 k_pages,
                 v_pages,
@@ -109,7 +111,9 @@ class FlashAttentionBackend(PagedBackend):
                 return_attn_probs=True,
                 **options,
             )
-        return out_THD if sinks_H is None else with_sinks(out_THD, lse_HT, sinks_H)
+        if sinks_H is not None:
+            attended_THD = with_sinks(attended_THD, lse_HT, sinks_H)
+        return attended_THD if out_THD is None else out_THD.copy_(attended_THD)
 
 
 def _version_3_problem() -> str | None:

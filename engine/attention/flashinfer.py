@@ -126,12 +126,14 @@ class FlashInferBackend(PagedBackend):
         v_TKD: torch.Tensor,
         metadata: _Step,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FusedAttentionBackend."""
         assert sinks_H is None, "FlashInfer's decodes are run without sinks"
         g, num_decodes = self._group_of[layer_index], metadata.rows.num_decodes
         q_THD = q_THD.contiguous()
-        out_THD = torch.zeros_like(q_THD)
+        out_THD = torch.zeros_like(q_THD) if out_THD is None else out_THD
         for wrapper, tokens in (
             (metadata.decodes[g], slice(0, num_decodes)),
             (metadata.chunks[g], slice(num_decodes, None)),

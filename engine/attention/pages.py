@@ -90,9 +90,9 @@ class PagedBackend:
         longest = max(query + context for query, context in zip(batch.query_lens, batch.context_lens, strict=True))
         return PagedStep(rows, max(batch.query_lens), min(num_pages, -(-longest // self._block_size)))
 
-    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, metadata: Any) -> None:
+    def rotate_and_write(self, rotation: FusedRotation, qkv: torch.Tensor, rows: DeviceRows) -> None:
         """See FusedAttentionBackend."""
-        rows, index = metadata.rows, rotation.index
+        index = rotation.index
         table = rows.block_tables[self._group_of[index]]
         rotation.rotate(qkv, rows.positions, rows.token_slots, table, self._pages[index], (None, None))
 
@@ -120,6 +120,8 @@ class PagedBackend:
         v_TKD: torch.Tensor,
         metadata: Any,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FusedAttentionBackend."""
         raise NotImplementedError

@@ -59,12 +59,14 @@ class TorchVarlenBackend(PagedBackend):
         v_TKD: torch.Tensor,
         metadata: PagedStep,
         sinks_H: torch.Tensor | None = None,
+        *,
+        out_THD: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See FusedAttentionBackend."""
         assert sinks_H is None, "varlen_attn has no sinks"
         layer, rows = self._layers[layer_index], metadata.rows
         k_pages, v_pages = (pages.transpose(1, 2) for pages in self._pages[layer_index])
-        out_THD: torch.Tensor = self._function(
+        attended_THD: torch.Tensor = self._function(
             q_THD,
             k_pages,
             v_pages,
@@ -78,7 +80,7 @@ class TorchVarlenBackend(PagedBackend):
             seqused_k=rows.seq_lens,
             block_table=self._shared(layer_index, metadata),
         )
-        return out_THD
+        return attended_THD if out_THD is None else out_THD.copy_(attended_THD)
 
 
 def _has_block_table() -> bool:

@@ -484,6 +484,9 @@ def assert_step(backend: PagedBackend, oracle: SdpaBackend, batch: RaggedBatch, 
         q, k, v = activations(num_tokens)
         sinks_H = torch.randn(HEADS) if sinks else None
         out = backend.forward(index, q, k, v, step, sinks_H)
+        given = torch.full((num_tokens, HEADS * HEAD_DIM), float("nan"))
+        assert backend.attend(index, q, k, v, step, sinks_H, out_THD=given.view(q.shape)).data_ptr() == given.data_ptr()
+        assert torch.equal(given.view(q.shape), out)
         expected = oracle.forward(index, q[:num_real], k[:num_real], v[:num_real], expected_step, sinks_H)
         assert out.shape == q.shape and out.dtype == q.dtype
         torch.testing.assert_close(out[:num_real], expected, atol=2e-6, rtol=1e-5)
@@ -539,6 +542,16 @@ def test_a_captured_step_reads_everything_from_the_device(name: str, monkeypatch
     for old, new in zip(captured.device.block_tables, later.device.block_tables, strict=True):
         old.copy_(new)
     assert_step(backend, oracle, later, step)
+
+
+def test_a_fused_layer_gets_its_group_s_table_and_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, _ = make("cudnn", [layer(0), layer(1, window=6)], monkeypatch)
+    rows = make_batch(*STEPS["mixed"], num_groups=2).device
+    assert rows is not None
+    given: list[Any] = []
+    backend.rotate_and_write(SimpleNamespace(index=1, rotate=lambda *args: given.extend(args)), torch.empty(0), rows)
+    assert given[1] is rows.positions and given[2] is rows.token_slots and given[3] is rows.block_tables[1]
+    assert given[4] is backend._pages[1] and given[5] == (None, None)
 
 
 def test_copied_pages(monkeypatch: pytest.MonkeyPatch) -> None:
