@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from triton.compiler import CompiledKernel
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -481,7 +482,9 @@ def prefill_attention_hopper(
         compiled[grid](*arguments)
         return True
     try:
-        _compiled[key] = prefill_kernel[grid](*arguments, num_warps=4)
+        launched = prefill_kernel[grid](*arguments, num_warps=4)
+        if isinstance(launched, CompiledKernel):  # and not one that is only being compiled ahead
+            _compiled[key] = launched
     except Exception as error:
         reason = str(error).split("\n", 1)[0]
         logger.warning("the Hopper prefill kernel does not compile here, taking the plain one: %s", reason)
