@@ -113,8 +113,10 @@ def plan_skinny(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int,
     """
     if not 1 <= rows <= MAX_ROWS or weight_bytes > 2 or num_inputs % 16 or num_outputs * num_inputs < _SMALLEST_WEIGHT:
         return None
-    if rows <= MAX_VECTOR_ROWS:
+    if rows <= 2:  # beyond, arithmetic and reads of x take longer than reads of W
         return SkinnyPlan("vector", triton.next_power_of_2(rows), 4, 2048, 1, 8, 2)
+    if weight_bytes == 1:
+        return None
     block_rows = 16 if rows <= 16 else 64
     block_n, block_e, num_warps, num_stages = (64, 256, 4, 3) if block_rows == 16 else (64, 128, 4, 4)
     tiles = triton.cdiv(num_outputs, block_n)
