@@ -113,7 +113,7 @@ class RequestStream:
         self._num_unfinished = len(choices)
         self._eos_token_ids = eos_token_ids
         self._abort = abort
-        self._news: dict[int, ChoiceDelta] = {}
+        self._news: list[ChoiceDelta] = []
         self._error: OctavoError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._unfinished: Awaitable[None] | None = None
@@ -148,11 +148,12 @@ class RequestStream:
             choice.finished = True
             self._num_unfinished -= 1
             self.finished = not self._num_unfinished
-        unread = self._news.get(delta.choice_index)
-        if unread is None:
-            self._news[delta.choice_index] = delta
+        for unread in self._news:
+            if unread.choice_index == delta.choice_index:
+                unread.extend(delta)
+                break
         else:
-            unread.extend(delta)
+            self._news.append(delta)
         return output.choice_index if stopped and output.finish_reason is None else None
 
     def _read(
@@ -181,9 +182,9 @@ class RequestStream:
         if waiter is None or waiter.done():
             return
         if self.shortcut is not None and not self.finished:
-            news, self._news = self._news, {}
+            news, self._news = self._news, []
             try:
-                self._unfinished = self.shortcut(list(news.values()))
+                self._unfinished = self.shortcut(news)
             except Exception as error:  # the other streams are not to suffer for it
                 self._unfinished = _raise(error)
             if self._unfinished is None:
@@ -204,8 +205,8 @@ class RequestStream:
             if self._unfinished is not None:
                 unfinished, self._unfinished = self._unfinished, None
                 await unfinished
-        news, self._news = self._news, {}
-        return list(news.values())
+        news, self._news = self._news, []
+        return news
 
     async def __aenter__(self) -> RequestStream:
         return self

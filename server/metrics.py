@@ -94,7 +94,8 @@ class Metrics:
             return _Histogram(f"octavo_{name}", text, model_name, bounds, self._registry)
 
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS_S)
-        self._itl = histogram("inter_token_latency_seconds", "Between two outputs of one choice.", _ITL_BUCKETS_S)
+        itl = histogram("inter_token_latency_seconds", "Between two outputs of one choice.", _ITL_BUCKETS_S)
+        self.observe_inter_token = itl.observe  # for every token, so without a call between
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E_BUCKETS_S)
         self._prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
         self._output_tokens = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
@@ -104,9 +105,6 @@ class Metrics:
 
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
-
-    def observe_inter_token(self, seconds: float) -> None:
-        self._itl.observe(seconds)
 
     def observe_finish(self, reason: str) -> None:
         """reason: stop, length, abort or error; one call a choice."""

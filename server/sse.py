@@ -88,7 +88,7 @@ class EventStream(EventSourceResponse):
     async def _stream(self, send: Send, send_body: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         body = _Body(send_body)
-        self._source.set_shortcut(lambda chunk: start(body.send(chunk)))
+        self._source.set_shortcut(body.push)
         try:
             async with aclosing(self._events):
                 async for chunk in self._events:
@@ -110,11 +110,29 @@ class _Body:
         self._timer = self._loop.call_later(PING_INTERVAL_S, self._tick)
 
     async def send(self, chunk: bytes) -> None:
-        self._is_quiet = False
         if self._ping is not None:
             await asyncio.wait({self._ping})
+        await self._finish(self._send_chunk(chunk))
+
+    def push(self, chunk: bytes) -> Awaitable[None] | None:
+        """Send as far as that goes at once: None where that is all of it, else the rest, to be awaited by a task."""
+        if self._ping is not None:
+            return self.send(chunk)
+        steps = self._send_chunk(chunk).__await__()
+        try:
+            waits_for = next(steps)
+        except StopIteration:
+            return None
         self._is_sending = True
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        return self._finish(_Rest(steps, waits_for))
+
+    def _send_chunk(self, chunk: bytes) -> Awaitable[None]:
+        self._is_quiet = False
+        return self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _finish(self, sending: Awaitable[None]) -> None:
+        self._is_sending = True
+        await sending
         self._is_sending = False
 
     def _tick(self) -> None:
@@ -132,16 +150,6 @@ class _Body:
         self._timer.cancel()
         if self._ping is not None:
             self._ping.cancel()
-
-
-def start(work: Awaitable[None]) -> Awaitable[None] | None:
-    """Do `work` as far as it gets without waiting: None where that is all of it, else the rest, to be awaited by a task."""
-    steps = work.__await__()
-    try:
-        waits_for = next(steps)
-    except StopIteration:
-        return None
-    return _Rest(steps, waits_for)
 
 
 class _Rest:

@@ -272,6 +272,8 @@ class _Answer:
         self.generation.close()
 
     def _chunk(self, _prompt_index: int, deltas: list[ChoiceDelta]) -> bytes:
+        if len(deltas) == 1:
+            return self._event(deltas[0])
         return b"".join([self._event(delta) for delta in deltas])
 
     def _event(self, delta: ChoiceDelta) -> bytes:

@@ -213,6 +213,8 @@ class _Answer:
         self.generation.close()
 
     def _chunk(self, prompt_index: int, deltas: list[ChoiceDelta]) -> bytes:
+        if len(deltas) == 1:
+            return self._event(prompt_index, deltas[0])
         return b"".join([self._event(prompt_index, delta) for delta in deltas])
 
     def _event(self, prompt_index: int, delta: ChoiceDelta) -> bytes:
