@@ -35,6 +35,7 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)
         self._steps_since_capture = 0
         self._pause_left_s = 0.0
+        self._is_idle = False
         self._failed = False
 
     def __len__(self) -> int:
@@ -44,16 +45,19 @@ class CudaGraphs:
         return self._failed or key in self._graphs
 
     def begin_step(self, idle: bool = False) -> None:
-        """Decides whether this step may capture. idle: nobody waits, so it may, and as much as it wants."""
+        """Decides whether this step may capture. idle: nobody waits for a result, so it may, and nothing need be run."""
         self._steps_since_capture += 1
-        is_due = not self._failed and self._steps_since_capture > STEPS_BETWEEN_CAPTURES
-        self._pause_left_s = float("inf") if idle else CAPTURE_PAUSE_S if is_due else 0.0
+        self._is_idle = idle
+        is_due = idle or self._steps_since_capture > STEPS_BETWEEN_CAPTURES
+        self._pause_left_s = CAPTURE_PAUSE_S if is_due and not self._failed else 0.0
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Run `work`, as its graph if there is one, or can be one now."""
+        """Run `work`, as its graph if there is one, or can be one now. In an idle moment: only capture, if there is time."""
         graph = self._graphs.get(key)
-        if graph is None and key in self._ran and self._pause_left_s > 0 and not self._failed:
+        if graph is None and key in self._ran and self._pause_left_s > 0:
             graph = self._capture(key, work)
+        if self._is_idle:
+            return
         if graph is not None:
             graph.replay()
             return
@@ -77,6 +81,7 @@ class CudaGraphs:
                     graph.capture_end()
         except RuntimeError as error:
             self._failed = True
+            self._pause_left_s = 0.0
             logger.warning("steps run without further CUDA graphs: capturing failed (%s)", str(error).splitlines()[0])
             return None
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

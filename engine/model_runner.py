@@ -417,27 +417,32 @@ class ModelRunner:
 
     @torch.inference_mode()
     def idle(self) -> bool:
-        """Capture the graphs of one missing bucket; returns whether there are more. For moments without work."""
+        """Capture some missing graphs, for no longer than a pause may take; returns whether there are more. For moments without
+        work: it runs nothing."""
         graphs, feed = self._graphs, self._batch.feed
         if graphs is None or feed is None:
             return False
-        missing = [size for size in self._buckets if ("decode", size) not in graphs]
-        missing_tokens = [size for size in self._token_buckets if ("piece", size, 0) not in graphs] if self._static else []
-        for _ in range(2):  # the first run is what the recording repeats
-            graphs.begin_step(idle=True)
-            if missing:
-                self._run_padding(missing[0])
-            elif missing_tokens:
-                self._run_padding_tokens(missing_tokens[0])
-        return len(missing) + len(missing_tokens) > 1
+        graphs.begin_step(idle=True)
+        num_captured = len(graphs)
+        for bucket in self._buckets:
+            if ("decode", bucket) not in graphs:
+                self._run_padding(bucket)
+                return len(graphs) > num_captured
+        if self._static is not None and self._model.fused is not None:
+            last = len(self._model.fused.layers)
+            for bucket in self._token_buckets:
+                if ("piece", bucket, last) not in graphs:
+                    self._run_padding_tokens(bucket)
+                    return len(graphs) > num_captured
+        return False
 
     def _run_padding(self, bucket: int) -> None:
         """A step of decodes and every form of sampling, on padding rows, which leave nothing behind."""
         assert self._batch.feed is not None
         self._batch.feed.send({}, padded_to=bucket)
-        self._run(("decode", bucket), lambda: self._decode(bucket))
         for mode in ("greedy", "random", "filtered"):
             self._run(("sample", bucket, mode), partial(self._draw, self._logits[:bucket], bucket, mode))
+        self._run(("decode", bucket), lambda: self._decode(bucket))
 
     def _run_padding_tokens(self, bucket: int) -> None:
         """The pieces of a step with chunks, on padding tokens, which leave nothing behind."""

@@ -121,6 +121,8 @@ def build(
         on_device=True,
         use_graphs=use_graphs,
     )
+    if device.type == "cuda":
+        runner.warm_up()
     kv_cache = KVCacheManager(groups, [blocks] * len(groups), block_size=block_size, max_step_tokens=2 * budget)
     scheduler = Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=max_model_len)
     core = EngineCore(scheduler, runner, vocab_size=loaded.vocab_size, eos_token_ids=frozenset(), pipeline_depth=1)
