@@ -173,19 +173,23 @@ class Linear(nn.Module):
                 pdl=self._skinny.card.has_dependent_launch,
             )
         else:
-            y = self._product(x_TE if norm is None else _normed(x_TE, norm))
+            last = activation is None and residual is None
+            y = self._product(x_TE if norm is None else _normed(x_TE, norm), out if last else None)
             if activation is not None:
-                y = _gated(y, activation)
+                y = _gated(y, activation, None if residual is not None else out)
             if residual is not None:
                 y = residual.view(y.shape).add_(y)
-            elif out is not None:
-                y = out.copy_(y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _product(self, x_TE: torch.Tensor) -> torch.Tensor:
+    def _product(self, x_TE: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         if self.weight_scale is not None:
-            return fp8_matmul(x_TE, self.weight, self.weight_scale, self.bias)
-        return F.linear(x_TE, self.weight, self.bias)
+            y = fp8_matmul(x_TE, self.weight, self.weight_scale, self.bias)
+            return y if out is None else out.copy_(y)
+        if out is None:
+            return F.linear(x_TE, self.weight, self.bias)
+        if self.bias is None:
+            return torch.mm(x_TE, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x_TE, self.weight.t(), out=out)
 
     def _plan(self, rows: int, gated: bool) -> SkinnyPlan | None:
         skinny = self._skinny
@@ -203,10 +207,13 @@ def _normed(x_TE: torch.Tensor, norm: RowNorm) -> torch.Tensor:
     return apply(x_TE, norm.weight, norm.eps, offset=norm.offset, round_before_weight=norm.round_before_weight)
 
 
-def _gated(y_T2F: torch.Tensor, activation: Activation) -> torch.Tensor:
-    if activation == "silu":
-        return activations.silu_mul(y_T2F) if y_T2F.is_cuda else activations.silu_mul_reference(y_T2F)
-    return activations.gelu_tanh_mul(y_T2F) if y_T2F.is_cuda else activations.gelu_tanh_mul_reference(y_T2F)
+def _gated(y_T2F: torch.Tensor, activation: Activation, out: torch.Tensor | None) -> torch.Tensor:
+    if y_T2F.is_cuda:
+        kernel = activations.silu_mul if activation == "silu" else activations.gelu_tanh_mul
+        return kernel(y_T2F, out)
+    reference = activations.silu_mul_reference if activation == "silu" else activations.gelu_tanh_mul_reference
+    y = reference(y_T2F)
+    return y if out is None else out.copy_(y)
 
 
 def _bias(linear: Any) -> torch.Tensor | None:

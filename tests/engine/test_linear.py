@@ -67,13 +67,20 @@ def test_merge_refuses_linears_of_different_inputs() -> None:
         Linear.merge([*linears(8), *linears(8, in_features=16)], ["a", "b"])
 
 
-def test_the_result_goes_where_it_is_asked_to() -> None:
-    (source,) = linears(8)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("weight_format", ["dense", "fp8"])
+def test_the_result_goes_where_it_is_asked_to(bias: bool, activation: Any, weight_format: str) -> None:
+    (source,) = linears(32, bias=bias)
+    linear = Linear.from_linear(source, "o_proj")
+    if weight_format == "fp8":
+        linear.quantize()
     x = torch.randn(3, 32, device=DEVICE)
-    out = torch.full((3, 8), torch.nan, device=DEVICE)
-    y = Linear.from_linear(source, "o_proj")(x, out=out)
+    want = linear(x, activation=activation)
+    out = torch.full_like(want, torch.nan)
+    y = linear(x, out=out, activation=activation)
     assert y.data_ptr() == out.data_ptr()
-    torch.testing.assert_close(out, source(x))
+    torch.testing.assert_close(out, want)
 
 
 @dataclass(frozen=True)
