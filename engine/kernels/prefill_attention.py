@@ -451,6 +451,7 @@ def paged_prefill_attention(
     v_scale: torch.Tensor | None = None,
     workspace: PrefillWorkspace | None = None,
     tiles: PrefillTiles | None = None,
+    max_programs: int | None = None,
 ) -> torch.Tensor:
     """Attention of R chunks; writes their tokens' rows of out_THD and returns it.
 
@@ -459,7 +460,8 @@ def paged_prefill_attention(
     float8_e4m3fn with k_scale, v_scale [1]). query_starts_R1: first token of each row in q, k, v and out. tiles_N2: from
     `plan_prefill` with `queries_per_tile` queries, on the device. window: a query sees itself and window - 1 before it.
     sinks_H: a logit per head that joins the denominator. workspace: scratch for contexts, where `wants_workspace` says so and
-    a row has a context (it costs a launch even when none has).
+    a row has a context (it costs a launch even when none has). max_programs: how many multiprocessors the Hopper kernel may
+    take; what it leaves, another stream's kernel gets.
     """
     num_heads, head_dim = q_THD.shape[1:]
     num_kv_heads = k_TKD.shape[1]
@@ -476,7 +478,7 @@ def paged_prefill_attention(
 
         if prefill_attention_hopper(
             q_THD, k_TKD, v_TKD, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1, context_lens_R, tiles_N2,
-            out_THD, sinks_H, packed, scale, cap, window,
+            out_THD, sinks_H, packed, scale, cap, window, max_programs,
         ):  # fmt: skip
             return out_THD
 

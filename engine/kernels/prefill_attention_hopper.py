@@ -82,16 +82,18 @@ def _tile_position(i, spans, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _producer(
-    q_desc, k_own, v_own, k_pages, v_pages, block_tables_ptr, row_slots_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr,
-    q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, window, table_stride, num_items,
+    qkv_desc, pages_desc, block_tables_ptr, row_slots_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr,
+    q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    k_first_head, v_first_head, k_first_page_row, v_first_page_row, window, table_stride, num_items,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """One warp: keeps STAGES tiles of keys and of values on their way."""
     QUERIES: gl.constexpr = BLOCK_M // PACKED
     PACKS: gl.constexpr = GROUP // PACKED
-    BOX: gl.constexpr = min(BLOCK_SIZE, BLOCK_N)
-    BOXES: gl.constexpr = BLOCK_N // BOX
+    TOKENS: gl.constexpr = min(QUERIES, BLOCK_N)
+    PAGE_ROWS: gl.constexpr = min(BLOCK_SIZE, BLOCK_N)
+    PAGES: gl.constexpr = BLOCK_N // PAGE_ROWS
     TILE_BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
     done = 0
     for n in range(_num_items(num_items)):
@@ -106,9 +108,10 @@ def _producer(
 
         mbarrier.wait(q_empty, (n + 1) & 1)
         mbarrier.expect(q_full, BLOCK_M * BLOCK_D * 2)
-        for h in gl.static_range(PACKED):
-            q_part = q_tile.slice(h * QUERIES, QUERIES)
-            tma.async_copy_global_to_shared(q_desc, [query_start + first, (first_head + h) * HEAD_DIM], q_full, q_part)
+        for m in gl.static_range(0, BLOCK_M, TOKENS):
+            q_column = (first_head + m // QUERIES) * HEAD_DIM
+            q_part = q_tile.slice(m, TOKENS)
+            tma.async_copy_global_to_shared(qkv_desc, [query_start + first + m % QUERIES, q_column], q_full, q_part)
         for i in range(spans[8]):
             own, at = _tile_position(i, spans, BLOCK_N)
             stage = (done + i) % STAGES
@@ -118,32 +121,38 @@ def _producer(
             if own:
                 mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                tma.async_copy_global_to_shared(
-                    k_own, [query_start + at, kv_head, 0], k_full.index(stage), k_tile.reshape([BLOCK_N, 1, BLOCK_D])
-                )
+                for b in gl.static_range(0, BLOCK_N, TOKENS):
+                    column = (k_first_head + kv_head) * HEAD_DIM
+                    part = k_tile.slice(b, TOKENS)
+                    tma.async_copy_global_to_shared(qkv_desc, [query_start + at + b, column], k_full.index(stage), part)
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                tma.async_copy_global_to_shared(
-                    v_own, [query_start + at, kv_head, 0], v_full.index(stage), v_tile.reshape([BLOCK_N, 1, BLOCK_D])
-                )
+                for b in gl.static_range(0, BLOCK_N, TOKENS):
+                    column = (v_first_head + kv_head) * HEAD_DIM
+                    part = v_tile.slice(b, TOKENS)
+                    tma.async_copy_global_to_shared(qkv_desc, [query_start + at + b, column], v_full.index(stage), part)
             else:
                 # Past the context's end any page will do: its scores are masked and its values zeroed.
-                offs_b = gl.arange(0, BOXES, gl.BlockedLayout([1], [32], [1], [0]))
-                positions = at + offs_b * BOX
+                offs_p = gl.arange(0, PAGES, gl.BlockedLayout([1], [32], [1], [0]))
+                positions = at + offs_p * PAGE_ROWS
                 pages = gl.load(table_ptr + gl.minimum(positions // BLOCK_SIZE, last_page))
                 rows = (pages * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + positions % BLOCK_SIZE
                 mbarrier.wait(k_empty.index(stage), phase)
                 mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                for b in gl.static_range(BOXES):
-                    box_row = gl.sum(gl.where(offs_b == b, rows, 0), 0)
-                    part = k_tile.slice(b * BOX, BOX)
-                    tma.async_copy_global_to_shared(k_pages, [box_row, 0], k_full.index(stage), part)
+                for p in gl.static_range(PAGES):
+                    page_row = gl.sum(gl.where(offs_p == p, rows, 0), 0)
+                    page_part = k_tile.slice(p * PAGE_ROWS, PAGE_ROWS)
+                    tma.async_copy_global_to_shared(
+                        pages_desc, [k_first_page_row + page_row, 0], k_full.index(stage), page_part
+                    )
                 mbarrier.wait(v_empty.index(stage), phase)
                 mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                for b in gl.static_range(BOXES):
-                    box_row = gl.sum(gl.where(offs_b == b, rows, 0), 0)
-                    part = v_tile.slice(b * BOX, BOX)
-                    tma.async_copy_global_to_shared(v_pages, [box_row, 0], v_full.index(stage), part)
+                for p in gl.static_range(PAGES):
+                    page_row = gl.sum(gl.where(offs_p == p, rows, 0), 0)
+                    page_part = v_tile.slice(p * PAGE_ROWS, PAGE_ROWS)
+                    tma.async_copy_global_to_shared(
+                        pages_desc, [v_first_page_row + page_row, 0], v_full.index(stage), page_part
+                    )
         done += spans[8]
 
 
@@ -271,6 +280,10 @@ def _consumer(
         lower, upper, begin, end = _bounds(0, spans, query, query_len, context, window, BLOCK_N)
         stage = done % STAGES
         mbarrier.wait(q_full, n & 1)
+        if HEAD_DIM != BLOCK_D:
+            # Past a head lie the next one's channels: they count only where q has any.
+            q_part.store(gl.where((store_d < HEAD_DIM)[None, :], q_part.load(STORE), 0.0).to(DTYPE))
+            fence_async_shared()
         mbarrier.wait(k_full.index(stage), (done // STAGES) & 1)
         zeros = gl.zeros([64, BLOCK_N], gl.float32, MMA)
         scores = warpgroup_mma(q_part, k_tiles.index(stage).permute([1, 0]), zeros, use_acc=False)
@@ -331,13 +344,17 @@ def _consumer(
         "context_lens_ptr",
         "tiles_ptr",
         "table_stride",
+        "k_first_head",
+        "v_first_head",
+        "k_first_page_row",
+        "v_first_page_row",
         "window",
         "num_items",
     ]
 )
 def prefill_kernel(
-    q_desc, k_own, v_own, k_pages, v_pages, block_tables_ptr, row_slots_ptr, query_starts_ptr, context_lens_ptr, tiles_ptr,
-    out_ptr, sinks_ptr, out_stride, scale, softcap, window, table_stride, num_items,
+    qkv_desc, pages_desc, block_tables_ptr, row_slots_ptr, query_starts_ptr, context_lens_ptr, tiles_ptr, out_ptr, sinks_ptr,
+    k_first_head, v_first_head, k_first_page_row, v_first_page_row, out_stride, scale, softcap, window, table_stride, num_items,
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
 ):  # fmt: skip
@@ -382,10 +399,10 @@ def prefill_kernel(
                 1, HEADS, PACKED, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, HAS_WINDOW, HAS_SOFTCAP,
             )),
             (_producer, (
-                q_desc, k_own, v_own, k_pages, v_pages, block_tables_ptr, row_slots_ptr, tiles_ptr, query_starts_ptr,
-                context_lens_ptr, q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, window,
-                table_stride, num_items, NUM_KV_HEADS, GROUP, PACKED, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
-                HAS_WINDOW,
+                qkv_desc, pages_desc, block_tables_ptr, row_slots_ptr, tiles_ptr, query_starts_ptr, context_lens_ptr,
+                q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                k_first_head, v_first_head, k_first_page_row, v_first_page_row, window, table_stride, num_items,
+                NUM_KV_HEADS, GROUP, PACKED, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, STAGES, HAS_WINDOW,
             )),
         ],
         [4, 1],
@@ -410,15 +427,16 @@ class _Address:
 
 
 def _descriptor(
-    tensor: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    address: int, dtype: torch.dtype, rows: int, columns: int, stride: int, box: tuple[int, int]
 ) -> TensorDescriptor:
-    key = (tensor.data_ptr(), tensor.dtype, shape, strides, box)
+    """Of a matrix [rows, columns]."""
+    key = (address, dtype, rows, columns, stride, box)
     descriptor = _descriptors.get(key)
     if descriptor is None:
         if len(_descriptors) > 4096:
             _descriptors.clear()
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(box))
-        descriptor = TensorDescriptor(_Address(key[0], tensor.dtype), list(shape), list(strides), list(box), layout)
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        descriptor = TensorDescriptor(_Address(address, dtype), [rows, columns], [stride, 1], list(box), layout)
         _descriptors[key] = descriptor
     return descriptor
 
@@ -445,36 +463,54 @@ def prefill_attention_hopper(
     scale: float,
     softcap: float,
     window: int | None,
+    max_programs: int | None,
 ) -> bool:
-    """Launches the kernel over tiles of 128 // packed queries; False where this configuration does not compile (logged once).
+    """Launches the kernel over tiles of 128 // packed queries; False where this configuration does not compile (logged once)
+    or the values' pages lie where one descriptor cannot reach them from the keys' (make both one tensor).
 
     scale turns q · k into log2 units (with a softcap, into twice those of its quotient), softcap is in log2 units, 0 for none.
     """
     num_tokens, num_heads, head_dim = q_THD.shape
     num_blocks, num_kv_heads, block_size, _ = k_pages.shape
+    head_bytes = 2 * head_dim
+    strides = q_THD.stride()
+    q_address = q_THD.data_ptr()
+    k_first_head, odd = divmod(k_TKD.data_ptr() - q_address, head_bytes)
+    v_first_head = (v_TKD.data_ptr() - q_address) // head_bytes
+    heads_a_token = max(k_first_head, v_first_head) + num_kv_heads
+    merged = strides == k_TKD.stride() == v_TKD.stride() and strides[1:] == (head_dim, 1)
+    if not merged or odd or min(k_first_head, v_first_head) < num_heads or heads_a_token * head_dim > strides[0]:
+        # Not views of one projection, as the kernel wants them.
+        q_THD = torch.cat([q_THD, k_TKD, v_TKD], dim=1)
+        strides, q_address = q_THD.stride(), q_THD.data_ptr()
+        k_first_head, v_first_head, heads_a_token = num_heads, num_heads + num_kv_heads, num_heads + 2 * num_kv_heads
+    k_address, v_address = k_pages.data_ptr(), v_pages.data_ptr()
+    first_address = min(k_address, v_address)
+    k_first_page_row, v_first_page_row = (k_address - first_address) // head_bytes, (v_address - first_address) // head_bytes
+    page_rows = max(k_first_page_row, v_first_page_row) + num_blocks * num_kv_heads * block_size
     out_stride = out_THD.stride(0)
-    sinks_dtype = None if sinks_H is None else sinks_H.dtype
     key = (
         q_THD.device, q_THD.dtype, num_heads, num_kv_heads, head_dim, block_size, out_stride, window is None, softcap == 0.0,
-        sinks_dtype,
+        None if sinks_H is None else sinks_H.dtype,
     )  # fmt: skip
     compiled = _compiled.get(key, key)
     if compiled is None:
         return False
+    if (k_address - v_address) % head_bytes or page_rows >= 2**31:
+        logger.warning("no descriptor reaches both keys and values (make them one tensor): prefill by the plain kernel")
+        _compiled[key] = None
+        return False
     block_d = max(64, 1 << (head_dim - 1).bit_length())
     block_n = 64 if block_d == 256 else 128
-    own_shape, own_box = (num_tokens, num_kv_heads, head_dim), (block_n, 1, block_d)
-    pages_shape, pages_box = (num_blocks * num_kv_heads * block_size, head_dim), (min(block_size, block_n), block_d)
+    tokens_box, pages_box = (min(128 // packed, block_n), block_d), (min(block_size, block_n), block_d)
     num_items = tiles_N2.shape[0] * (num_heads // packed)
-    grid = (min(num_items, _num_programs(q_THD.device)), 1, 1)
+    grid = (min(num_items, max_programs or _num_programs(q_THD.device)), 1, 1)
     arguments = (
-        _descriptor(q_THD, (num_tokens, num_heads * head_dim), (q_THD.stride(0), 1), (128 // packed, block_d)),
-        _descriptor(k_TKD, own_shape, (k_TKD.stride(0), head_dim, 1), own_box),
-        _descriptor(v_TKD, own_shape, (v_TKD.stride(0), head_dim, 1), own_box),
-        _descriptor(k_pages, pages_shape, (head_dim, 1), pages_box),
-        _descriptor(v_pages, pages_shape, (head_dim, 1), pages_box),
-        block_tables_SP, row_slots_R, query_starts_R1, context_lens_R, tiles_N2, out_THD, sinks_H, out_stride, scale, softcap,
-        window or 0, block_tables_SP.stride(0), num_items,
+        _descriptor(q_address, q_THD.dtype, num_tokens, heads_a_token * head_dim, strides[0], tokens_box),
+        _descriptor(first_address, q_THD.dtype, page_rows, head_dim, head_dim, pages_box),
+        block_tables_SP, row_slots_R, query_starts_R1, context_lens_R, tiles_N2, out_THD, sinks_H,
+        k_first_head, v_first_head, k_first_page_row, v_first_page_row, out_stride, scale, softcap, window or 0,
+        block_tables_SP.stride(0), num_items,
         num_kv_heads, num_heads // num_kv_heads, packed, block_size, head_dim, block_d, block_n, 2, window is not None,
         softcap != 0.0,
     )  # fmt: skip

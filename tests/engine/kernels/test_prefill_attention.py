@@ -42,12 +42,10 @@ def make_step(
     torch.manual_seed(sum(query_lens) + 7 * sum(context_lens) + head_dim)
     rows, tokens_before = len(query_lens), 3
     tokens = tokens_before + sum(query_lens)
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
-    q, k, v = qkv.view(tokens, heads + 2 * kv_heads, head_dim).split([heads, kv_heads, kv_heads], dim=1)
     pages_per_row = max(-(-(c + n) // block_size) for c, n in zip(context_lens, query_lens, strict=True)) + 1
     page_dtype = torch.float8_e4m3fn if fp8 else dtype
     num_pages = rows * pages_per_row + 1
-    k_pages, v_pages = (torch.full((num_pages, kv_heads, block_size, head_dim), float("nan")) for _ in range(2))
+    k_pages, v_pages = both = torch.full((2, num_pages, kv_heads, block_size, head_dim), float("nan"))
     tables = torch.zeros(rows + 2, pages_per_row, dtype=torch.int32)
     slots = torch.randperm(rows + 2)[:rows].to(torch.int32)
     free = (torch.randperm(num_pages - 1) + 1).tolist()
@@ -60,20 +58,15 @@ def make_step(
                 pages[block, :, :filled] = torch.randn(kv_heads, filled, head_dim)
     starts = np.cumsum([tokens_before, *query_lens])
     step = {
-        "q_THD": q,
-        "k_TKD": k,
-        "v_TKD": v,
-        "k_pages": k_pages.to(page_dtype),
-        "v_pages": v_pages.to(page_dtype),
         "block_tables_SP": tables,
         "row_slots_R": slots,
         "query_starts_R1": torch.tensor(starts, dtype=torch.int32),
         "context_lens_R": torch.tensor(context_lens, dtype=torch.int32),
     }
     step = {name: tensor.to(DEVICE) for name, tensor in step.items()}
-    if DEVICE == "cuda":  # .to() of a view loses the merged projection's strides
-        qkv = qkv.to(DEVICE).view(tokens, heads + 2 * kv_heads, head_dim)
-        step["q_THD"], step["k_TKD"], step["v_TKD"] = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype).to(DEVICE)
+    step["q_THD"], step["k_TKD"], step["v_TKD"] = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    step["k_pages"], step["v_pages"] = both.to(page_dtype).to(DEVICE)
     return step
 
 
