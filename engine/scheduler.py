@@ -21,9 +21,7 @@ from engine.kv_cache_manager import KVCacheManager, PrefixHit
 from engine.messages import EngineStats, ErrorInfo, RequestOutput, TokenLogprobs
 from engine.request import FinishReason, Request, RequestStatus
 from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
-
-TILE_ROWS = 128
-"""Tokens that a tile of a large matrix product covers, on all cards of interest."""
+from engine.step_budget import StepBudget
 
 # Found once: looking a member up in its class for every token of every step is a large part of what a step costs.
 _RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
@@ -47,7 +45,7 @@ class Scheduler:
     """Owns the queue, the running list and every token list. Not thread-safe: one engine loop calls it.
 
     max_model_len: served context, a bound on each request's tokens. max_num_seqs slots, max_num_batched_tokens a step,
-    max_num_mixed_tokens (None: as many) a step that holds many decodes; see `_prefill_budget`.
+    max_num_mixed_tokens (None: as many) a step that holds many decodes; see `StepBudget`.
     """
 
     def __init__(
@@ -59,16 +57,15 @@ class Scheduler:
         max_model_len: int,
         max_num_mixed_tokens: int | None = None,
     ) -> None:
-        if max_num_mixed_tokens is None:
-            max_num_mixed_tokens = max_num_batched_tokens
-        assert max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens, (
-            "every running sequence gets its token in one step"
-        )
         self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_num_mixed_tokens = max_num_mixed_tokens
         self.max_model_len = max_model_len
+        self._budget = StepBudget(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_mixed_tokens=max_num_mixed_tokens,
+            block_size=kv_cache.block_size,
+        )
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in order of admission: the last one is preempted first
         self._by_id: dict[str, list[Request]] = {}
@@ -76,9 +73,8 @@ class Scheduler:
         self._freed_slots: list[int] = []
         self._in_flight: deque[_InFlightStep] = deque()
         self._num_steps = 0
-        # After a step did not fit in the device's memory: the size of the next ones, whether the next may admit, and the
-        # requests that gave up their place for it and have had no token since.
-        self._token_limit = max_num_batched_tokens
+        # After a step did not fit in the device's memory: whether the next may admit, and the requests that gave up their
+        # place for it and have had no token since.
         self._admits = True
         self._did_not_fit: set[Request] = set()
         self._counts = dict.fromkeys(
@@ -131,7 +127,7 @@ class Scheduler:
         flight = _InFlightStep(SchedulerOutput(step_id=self._num_steps))
         num_preemptions = self._counts["preemptions"]
         prefills = self._plan_decodes(flight)
-        budget = self._prefill_budget(num_decodes=len(flight.rows))
+        budget = self._budget.prompt_tokens(num_decodes=len(flight.rows))
         for request in prefills:
             budget -= self._plan_chunk(flight, request, budget)
         if self._admits and self._counts["preemptions"] == num_preemptions:
@@ -173,39 +169,16 @@ class Scheduler:
         self._counts["computed_tokens"] += len(rows)
         return prefills
 
-    def _prefill_budget(self, num_decodes: int) -> int:
-        """Prompt tokens that may join a step of num_decodes decodes.
-
-        They keep every decode of the step waiting, so what they cost is their number times the decodes'. With an eighth of
-        max_num_seqs decoding, or more, a step holds max_num_mixed_tokens; with fewer it may hold inversely more, up to
-        max_num_batched_tokens. With 256, 2,048 and 8,192 of these: 2,048 from 32 decodes on, 4,096 with 16, 8,192 with 8.
-        The step's total is a whole number of tiles, because a matrix product computes whole tiles anyway.
-        """
-        total = self._token_limit
-        if num_decodes:
-            many = max(1, self.max_num_seqs // 8)
-            total = min(total, self.max_num_mixed_tokens * many // min(num_decodes, many))
-        whole_tiles = total // TILE_ROWS * TILE_ROWS
-        return (whole_tiles if whole_tiles > num_decodes else total) - num_decodes
-
     def _plan_chunk(self, flight: _InFlightStep, request: Request, budget: int) -> int:
         """A row for a running request that lacks many tokens; returns what of the budget is spent."""
         if budget == 0 or request.status is not _RUNNING:
             return 0
         start = request.num_computed_tokens
-        num_new, spent = self._cut(start, request.num_tokens_ahead - start, budget)
+        num_new, spent = self._budget.cut(start, request.num_tokens_ahead - start, budget)
         if not self._extend(flight, request, start + num_new):
             return 0
         self._add_row(flight, request, num_new)
         return spent
-
-    def _cut(self, start: int, num_tokens: int, budget: int) -> tuple[int, int]:
-        """How many of num_tokens from position `start` on fit a budget, and what of it that spends. A chunk that is cut ends
-        with a page, where it reaches one, and spends all, so that no other prompt is begun with the few tokens left over."""
-        if num_tokens <= budget:
-            return num_tokens, num_tokens
-        page_end = (start + budget) // self.kv_cache.block_size * self.kv_cache.block_size
-        return (page_end - start if page_end > start else budget), budget
 
     def _extend(self, flight: _InFlightStep, request: Request, num_tokens: int) -> bool:
         """Give a running request pages for num_tokens in all, preempting younger ones if need be. False: no row for it now."""
@@ -238,7 +211,7 @@ class Scheduler:
             if not self.kv_cache.can_admit(request, hit, reserve_blocks=len(self._running)):
                 self._waiting.appendleft(request)
                 break
-            num_new, spent = self._cut(hit.num_tokens, request.num_tokens - hit.num_tokens, budget)
+            num_new, spent = self._budget.cut(hit.num_tokens, request.num_tokens - hit.num_tokens, budget)
             self._admit(flight, request, hit, num_new)
             budget -= spent
         self._waiting.extendleft(reversed(skipped))
@@ -351,7 +324,7 @@ class Scheduler:
         flight = self._in_flight.pop()
         self._undo(flight)
         num_tokens = flight.step.total_num_tokens
-        self._token_limit = max(self.max_num_seqs, num_tokens // 2)
+        self._budget.shrink(num_tokens)
         self._admits = False
         prompts = {r for r, count in zip(flight.rows, flight.step.num_tokens, strict=True) if count > 1}
         candidates = prompts or set(flight.rows)
@@ -410,8 +383,7 @@ class Scheduler:
             if request.status is not _FINISHED:  # else it ended or was aborted while this step was in flight
                 outputs.append(self._take_token(request, token_id, logprobs))
         self._counts["generation_tokens"] += len(outputs) - num_silent
-        if self._token_limit < self.max_num_batched_tokens:
-            self._token_limit = min(self.max_num_batched_tokens, self._token_limit + self._token_limit // 64 + 1)
+        self._budget.grow()
         if self._did_not_fit:
             self._did_not_fit.difference_update(sampled)
         return outputs

@@ -1,0 +1,61 @@
+"""How many tokens a step computes, and how much of a prompt goes into it."""
+
+from __future__ import annotations
+
+TILE_ROWS = 128
+"""Tokens that a tile of a large matrix product covers, on all cards of interest."""
+
+
+class StepBudget:
+    """The rule: every decode gets its token; prompts get what is left of a total that shrinks as more requests decode.
+
+    Prompt tokens keep every decode of their step waiting, so what they cost is their number times the decodes'. With an eighth
+    of max_num_seqs decoding, or more, a step holds max_num_mixed_tokens; with fewer it may hold inversely more, up to
+    max_num_batched_tokens. With 256, 2,048 and 8,192 of these: 2,048 from 32 decodes on, 4,096 with 16, 8,192 with 8. The total
+    is a whole number of tiles, because a matrix product computes whole tiles anyway. Prompts are cut (chunked prefill after
+    Sarathi-Serve, OSDI '24) at the ends of pages of block_size tokens, so that another request can share all that is computed.
+
+    After a step that did not fit in the device's memory, steps are half its size, and grow back by a 64th each.
+    """
+
+    __slots__ = ("_block_size", "_max_num_batched_tokens", "_max_num_mixed_tokens", "_max_num_seqs", "_token_limit")
+
+    def __init__(
+        self, *, max_num_seqs: int, max_num_batched_tokens: int, max_num_mixed_tokens: int | None, block_size: int
+    ) -> None:
+        if max_num_mixed_tokens is None:
+            max_num_mixed_tokens = max_num_batched_tokens
+        assert max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens, (
+            "every running sequence gets its token in one step"
+        )
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_mixed_tokens = max_num_mixed_tokens
+        self._block_size = block_size
+        self._token_limit = max_num_batched_tokens
+
+    def prompt_tokens(self, num_decodes: int) -> int:
+        """Prompt tokens that may join a step of num_decodes decodes."""
+        total = self._token_limit
+        if num_decodes:
+            many = max(1, self._max_num_seqs // 8)
+            total = min(total, self._max_num_mixed_tokens * many // min(num_decodes, many))
+        whole_tiles = total // TILE_ROWS * TILE_ROWS
+        return (whole_tiles if whole_tiles > num_decodes else total) - num_decodes
+
+    def cut(self, start: int, num_tokens: int, left: int) -> tuple[int, int]:
+        """How many of num_tokens from position `start` on fit the tokens left, and how many of those that spends. A chunk that
+        is cut ends with a page, where it reaches one, and spends all, so that no other prompt is begun with the few left."""
+        if num_tokens <= left:
+            return num_tokens, num_tokens
+        page_end = (start + left) // self._block_size * self._block_size
+        return (page_end - start if page_end > start else left), left
+
+    def shrink(self, num_tokens: int) -> None:
+        """A step of num_tokens did not fit in the device's memory."""
+        self._token_limit = max(self._max_num_seqs, num_tokens // 2)
+
+    def grow(self) -> None:
+        """A step has run."""
+        if self._token_limit < self._max_num_batched_tokens:
+            self._token_limit = min(self._max_num_batched_tokens, self._token_limit + self._token_limit // 64 + 1)
