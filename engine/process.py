@@ -208,6 +208,7 @@ def run(build_engine: BuildEngine) -> int:
     # quarter of a second in the middle of somebody's tokens.
     gc.collect()
     gc.freeze()
+    gc.enable()
     socket.broadcast(ready)
     EngineLoop(core, socket, launch.epoch).run()
     socket.close()
@@ -215,6 +216,7 @@ def run(build_engine: BuildEngine) -> int:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until everything is loaded: importing makes several hundred thousand objects that stay
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     # Imported here so that the process listens, and watches its parent, before torch is loaded.
     from engine.build import build_engine as build
