@@ -87,7 +87,6 @@ class DecodeWorkspace:
     partials: torch.Tensor
     stats: torch.Tensor
     counters: torch.Tensor
-    early_launch: bool = False
 
     @staticmethod
     def make(
@@ -169,7 +168,8 @@ def paged_decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of one token a row over the row's pages, as `plan_decode` cut them for the same slots, lengths and window.
+    """Attention of one token a row over the row's pages, as `plan_decode` cut them for the same slots, lengths and window
+    (the kernel takes these from the plan; the arguments are checked for their shape).
 
     q [B, H, D] and out [B, H, D], last dimension contiguous; pages [N, K, block_size, D], contiguous, in q's dtype or
     float8_e4m3fn with scales [1] float32 (value = stored * scale); tables [S, P] int32, indexed by slot; sinks [H] float32,
@@ -228,9 +228,7 @@ def paged_decode_attention(
                 SPLIT_HEADS=split_heads,
                 SOFTCAP=softcap is not None,
                 DECODE_FP8=decode_fp8,
-                EARLY=workspace.early_launch,
                 num_warps=tiles.num_warps,
-                **({"launch_pdl": True} if workspace.early_launch else {}),
             )
             return out_BHD
         except triton.runtime.errors.OutOfResources as error:
@@ -364,7 +362,7 @@ def _first_half_of_rows(x):
 
 @triton.jit
 def _sum_of_halves(x):
-    """[W, M, D] -> [W / 2, M, D]. Summing warps so is several times faster than a reduction as Triton lowers it."""
+    """[W, M, D] -> [W / 2, M, D], as a split: Triton's reduction across warps would pass shared memory element by element."""
     x = tl.reshape(x, [2, x.shape[0] // 2, x.shape[1], x.shape[2]])
     first, second = tl.split(tl.permute(x, (1, 2, 3, 0)))
     return first + second
@@ -406,7 +404,6 @@ def _decode_kernel(
     SPLIT_HEADS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DECODE_FP8: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One item of one key/value head. Heads run fastest over the grid, so that the heads of a page are read together.
 
@@ -442,8 +439,6 @@ def _decode_kernel(
         page_keys = begin + lanes
     pages = tl.load(table_ptr + page_keys // BLOCK_SIZE, mask=page_keys < end, other=0)
 
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(0) // GROUP_BLOCKS
     group_start = tl.program_id(0) % GROUP_BLOCKS * BLOCK_M
     d = tl.arange(0, D_PAD)
