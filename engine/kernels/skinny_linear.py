@@ -403,7 +403,7 @@ def _matrix_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_units"])
 def _stream_kernel(
     x_ptr,
     weight_ptr,
