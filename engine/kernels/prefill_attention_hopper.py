@@ -88,7 +88,8 @@ def _producer(
     NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PACKED: gl.constexpr, BLOCK_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
-    """One warp: keeps STAGES tiles of keys and of values on their way."""
+    """One warp: keeps STAGES tiles of keys and of values on their way. A box of tokens is as long as a tile has queries, so
+    that one descriptor serves queries, keys and values."""
     QUERIES: gl.constexpr = BLOCK_M // PACKED
     PACKS: gl.constexpr = GROUP // PACKED
     TOKENS: gl.constexpr = min(QUERIES, BLOCK_N)
@@ -192,7 +193,8 @@ def _bounds(i, spans, query, query_len, context, window, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _zero_missing_values(v_tile, begin, end, BLOCK_N: gl.constexpr):
-    """Zeroes all values but the tile's [begin, end): the others may be NaN, which a weight of zero would not silence."""
+    """Zeroes all values but the tile's [begin, end): the others may be NaN, which a weight of zero would not silence. Both
+    warpgroups do so, each before it reads; what one writes under the other's eyes is what is there already."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     CHUNK: gl.constexpr = 16
     rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))

@@ -16,9 +16,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 KIB = 1024
 SMALL = PrefillTiles(block_m=16, block_n=16, num_warps=4, num_stages=2)
-TILES = [SMALL]
-if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9:
-    TILES.append(PrefillTiles(block_m=128, block_n=64, num_warps=8, num_stages=2, hopper=True))
+HOPPER = PrefillTiles(block_m=128, block_n=64, num_warps=8, num_stages=2, hopper=True)
+HAS_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+TILES = [SMALL, HOPPER] if HAS_HOPPER else [SMALL]
+# Small in the interpreter, and exact; on a card what the Hopper kernel takes.
+DTYPE, HEAD_DIM, BLOCK_SIZE = (torch.bfloat16, 64, 16) if DEVICE == "cuda" else (torch.float32, 32, 4)
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +35,9 @@ def make_step(
     *,
     heads: int = 4,
     kv_heads: int = 2,
-    head_dim: int = 32,
-    block_size: int = 4,
-    dtype: torch.dtype = torch.float32,
+    head_dim: int = HEAD_DIM,
+    block_size: int = BLOCK_SIZE,
+    dtype: torch.dtype = DTYPE,
     fp8: bool = False,
 ) -> dict[str, Any]:
     """A step's tensors. Tokens before, between and behind the rows do not exist; unread page slots hold NaN."""
@@ -70,12 +72,21 @@ def make_step(
     return step
 
 
-def check(step: dict[str, Any], scratch_tokens: int = 0, tiles: PrefillTiles = SMALL, **features: Any) -> None:
+def plan(step: dict[str, Any], tiles: PrefillTiles, window: int | None = None) -> torch.Tensor:
+    query_lens = [after - start for start, after in pairwise(step["query_starts_R1"].tolist())]
+    queries = tiles.block_m // kernel.packed_heads(step["q_THD"].shape[1] // step["k_TKD"].shape[1])
+    return torch.from_numpy(kernel.plan_prefill(query_lens, step["context_lens_R"].tolist(), queries, window)).to(DEVICE)
+
+
+def check(
+    step: dict[str, Any],
+    scratch_tokens: int = 0,
+    tiles: PrefillTiles = SMALL,
+    max_programs: int | None = None,
+    **features: Any,
+) -> None:
     q, k = step["q_THD"], step["k_TKD"]
-    starts = step["query_starts_R1"].tolist()
-    query_lens = [b - a for a, b in pairwise(starts)]
-    queries = tiles.block_m // kernel.packed_heads(q.shape[1] // k.shape[1])
-    plan = kernel.plan_prefill(query_lens, step["context_lens_R"].tolist(), queries, features.get("window"))
+    first = step["query_starts_R1"][0].item()
     workspace = None
     if scratch_tokens:
         workspace = PrefillWorkspace.allocate(scratch_tokens, k.shape[1], k.shape[2], q.dtype, DEVICE)
@@ -84,13 +95,24 @@ def check(step: dict[str, Any], scratch_tokens: int = 0, tiles: PrefillTiles = S
     features = {"scaling": q.shape[2] ** -0.5, **features}
     out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=DEVICE)
     reference = torch.full(q.shape, float("nan"), device=DEVICE)
-    tiles_N2 = torch.from_numpy(plan).to(DEVICE)
-    kernel.paged_prefill_attention(**step, tiles_N2=tiles_N2, out_THD=out, workspace=workspace, tiles=tiles, **features)
+    kernel.paged_prefill_attention(
+        **step,
+        tiles_N2=plan(step, tiles, features.get("window")),
+        out_THD=out,
+        workspace=workspace,
+        tiles=tiles,
+        max_programs=max_programs,
+        **features,
+    )
     kernel.prefill_attention_reference(**step, out_THD=reference, **features)
-    assert out[: starts[0]].isnan().all(), "tokens of no row were written"
-    got, want = out[starts[0] :].float(), reference[starts[0] :]
+    assert out[:first].isnan().all(), "tokens of no row were written"
+    got, want = out[first:].float(), reference[first:]
     assert got.isfinite().all()
     assert (got - want).norm() / want.norm() < TOLERANCE[q.dtype]
+    if tiles.hopper and q.dtype == step["k_pages"].dtype:
+        from engine.kernels.prefill_attention_hopper import _compiled
+
+        assert all(_compiled.values()), "the Hopper kernel was not taken"
 
 
 @pytest.mark.parametrize("tiles", TILES)
@@ -117,12 +139,14 @@ def test_features(features: dict[str, Any], tiles: PrefillTiles) -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (7, 1), (19, 1)])
 def test_any_group_size(heads: int, kv_heads: int) -> None:
-    check(make_step([18, 2], [5, 17], heads=heads, kv_heads=kv_heads, head_dim=16))
+    check(make_step([18, 2], [5, 17], heads=heads, kv_heads=kv_heads, head_dim=HEAD_DIM // 2), tiles=SMALL)
+    if HAS_HOPPER:
+        check(make_step([318, 2], [5, 170], heads=heads, kv_heads=kv_heads), tiles=HOPPER)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_head_sizes(head_dim: int) -> None:
-    check(make_step([18], [21], heads=2, kv_heads=2, head_dim=head_dim), 32, TILES[-1])
+    check(make_step([18, 33], [21, 5], heads=2, kv_heads=2, head_dim=head_dim), 32, TILES[-1])
 
 
 @pytest.mark.parametrize(
@@ -143,16 +167,29 @@ def test_a_row_of_bad_numbers_spoils_no_other(tiles: PrefillTiles) -> None:
     step = make_step([5, 9, 6], [0, 4, 0])
     step["v_TKD"][3 + 5 : 3 + 14] = float("nan")
     step["k_TKD"][3 + 5 : 3 + 14] = float("nan")
-    out = torch.zeros(step["q_THD"].shape, device=DEVICE)
-    tiles_N2 = torch.from_numpy(kernel.plan_prefill([5, 9, 6], [0, 4, 0], 8)).to(DEVICE)
-    kernel.paged_prefill_attention(**step, tiles_N2=tiles_N2, out_THD=out, scaling=0.2, tiles=tiles)
+    out = torch.zeros(step["q_THD"].shape, dtype=DTYPE, device=DEVICE)
+    kernel.paged_prefill_attention(**step, tiles_N2=plan(step, tiles), out_THD=out, scaling=0.2, tiles=tiles)
     assert out[:8].isfinite().all()
     assert out[17:].isfinite().all()
     assert out[8:17].isnan().all()
 
 
+@pytest.mark.skipif(not HAS_HOPPER, reason="the Hopper kernel needs a Hopper card")
+@pytest.mark.parametrize("programs", [None, 3])
+@pytest.mark.parametrize("features", [{}, {"window": 130}, {"softcap": 3.0}], ids="+".join)
+def test_hopper_programs_take_many_items(features: dict[str, Any], programs: int | None) -> None:
+    step = make_step([190, 1, 400, 80] * 3, [370, 501, 0, 160] * 3, heads=8, kv_heads=2, head_dim=128)
+    check(step, tiles=HOPPER, max_programs=programs, **features)
+
+
+@pytest.mark.skipif(not HAS_HOPPER, reason="the Hopper kernel needs a Hopper card")
+def test_hopper_takes_tensors_of_their_own() -> None:
+    step = make_step([190, 1, 80], [370, 501, 0], heads=8, kv_heads=2, head_dim=128)
+    check({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in step.items()}, tiles=HOPPER)
+
+
 def test_pages_that_left_the_window_are_never_read() -> None:
-    step = make_step([6], [40])
+    step = make_step([6], [40], block_size=4)
     step["block_tables_SP"][step["row_slots_R"][0].item(), :7] = 0  # positions below 28; the window starts at 40 - 11 = 29
     check(step, 0, SMALL, window=12)
 
