@@ -313,7 +313,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clients", type=int, default=Load.clients, help="client processes")
     parser.add_argument("--poll-ms", type=float, default=Load.poll_ms, help="a client's pause between two looks")
     parser.add_argument("--requests", type=int, default=512, help="requests by which the cost of one is measured")
-    parser.add_argument("--steps", type=int, default=100, help="steps by which the parts of a token's cost are measured")
+    parser.add_argument("--steps", type=int, default=300, help="steps by which the parts of a token's cost are measured")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write there where the last rate's time goes, by sampling")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser

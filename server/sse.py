@@ -112,28 +112,27 @@ class _Body:
     async def send(self, chunk: bytes) -> None:
         if self._ping is not None:
             await asyncio.wait({self._ping})
-        await self._finish(self._send_chunk(chunk))
+        self._is_sending = True
+        await self._send_chunk(chunk)
+        self._is_sending = False
 
     def push(self, chunk: bytes) -> Awaitable[None] | None:
         """Send as far as that goes at once: None where that is all of it, else the rest, to be awaited by a task."""
-        if self._ping is not None:
-            return self.send(chunk)
-        steps = self._send_chunk(chunk).__await__()
+        work = self._send_chunk(chunk) if self._ping is None else self.send(chunk)
+        steps = work.__await__()
         try:
             waits_for = next(steps)
         except StopIteration:
             return None
         self._is_sending = True
-        return self._finish(_Rest(steps, waits_for))
+        return _Rest(steps, waits_for, self._end_push)
+
+    def _end_push(self) -> None:
+        self._is_sending = False
 
     def _send_chunk(self, chunk: bytes) -> Awaitable[None]:
         self._is_quiet = False
         return self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-    async def _finish(self, sending: Awaitable[None]) -> None:
-        self._is_sending = True
-        await sending
-        self._is_sending = False
 
     def _tick(self) -> None:
         # A client that takes nothing in needs no comments.
@@ -155,9 +154,10 @@ class _Body:
 class _Rest:
     """Work from its first wait on. `waits_for`: what it has asked its task, which it did not have yet, to wait for."""
 
-    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any) -> None:
+    def __init__(self, steps: Generator[Any, Any, None], waits_for: Any, on_end: Callable[[], None]) -> None:
         self._steps = steps
         self._waits_for = waits_for
+        self._on_end = on_end
 
     def __await__(self) -> Generator[Any, Any, None]:
         waits_for = self._waits_for
@@ -170,4 +170,4 @@ class _Rest:
                 else:
                     waits_for = self._steps.send(result)
         except StopIteration:
-            return
+            self._on_end()
