@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import bench_kernels
+import profile_steps
 import pytest
 import torch
 from bench_kernels import DECODES, PREFILLS, AttentionBench, Case, Goal, HeadShape, Row, format_table
@@ -133,3 +135,79 @@ def test_reading_sums_everything() -> None:
     assert bench_kernels._sum_error(lambda: bench_kernels.sum_by_reading(x, sums, 64, 4), x, sums) == 0.0
     x[3] += 1
     assert bench_kernels._sum_error(lambda: None, x, sums) == 1.0
+
+
+# -- profile_steps ----------------------------------------------------------------------------------------------------
+
+
+def event(name: str, ts: float, dur: float, cat: str = "kernel") -> dict[str, object]:
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+
+
+def test_idle_time_counts_what_no_stream_covers() -> None:
+    trace = {
+        "traceEvents": [
+            event("b", 10.0, 20.0),
+            event("a", 0.0, 8.0),
+            event("side", 5.0, 40.0),  # covers the gap of 2 and outlasts b
+            event("copy", 47.0, 3.0, "gpu_memcpy"),
+            event("a", 60.0, 40.0),
+            event("cudaGraphLaunch", 0.0, 500.0, "cuda_runtime"),
+            {"ph": "M", "name": "process_name"},
+        ]
+    }
+    works = profile_steps.device_work(trace)
+    assert [work.name for work in works] == ["a", "side", "b", "copy", "a"]
+    found = profile_steps.occupancy(works)
+    assert (found.span, found.idle, found.idle_in_gaps, found.longest_gap, found.num_gaps) == (100.0, 12.0, 10.0, 10.0, 1)
+    line = profile_steps.idle_line(found, 256)
+    assert "idle 12.00% of 0.1 ms; in 1 gaps of 5 µs or more 10.00%, the longest 10 µs" in line and "missed" in line
+    assert "goal" not in profile_steps.idle_line(found, 8)
+
+
+def test_kernels_are_listed_by_time() -> None:
+    works = [
+        profile_steps.Work(name, 0.0, us) for name, us in (("a", 10.0), ("b", 50.0), ("a", 20.0), ("c" * 99, 5.0), ("d", 5.0))
+    ]
+    kernels = profile_steps.by_kernel(works, num_steps=2, span=100.0)
+    assert profile_steps.kernel_table(kernels, 2).splitlines()[2:] == [
+        "| b | 0.5 | 50.0 | 25 | 50.0% |",
+        "| a | 1.0 | 15.0 | 15 | 30.0% |",
+        "| 2 others | 1.0 | 5.0 | 5 | 10.0% |",
+    ]
+    assert f"| {'c' * 71}… |" in profile_steps.kernel_table(kernels, 9)
+
+
+def test_host_parts_are_medians() -> None:
+    steps = [{"launch": 1e-4, "total": 5e-4, "wait": 2e-4}, {"launch": 3e-4, "total": 9e-4}, {"launch": 2e-4, "total": 6e-4}]
+    parts = profile_steps.host_parts(steps)
+    assert parts["launch"] == pytest.approx(200) and parts["busy"] == pytest.approx(600) and parts["update"] == 0
+
+
+@pytest.mark.parametrize("mixed", [[], ["--mixed", "2"]], ids=["decodes", "mixed"])
+def test_the_host_part_of_a_profile(mixed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "llama-tiny",
+        "--device",
+        "cpu",
+        "--num-seqs",
+        "6",
+        "--input-len",
+        "8",
+        "--steps",
+        "4",
+        "--max-model-len",
+        "64",
+    ]
+    assert profile_steps.main([*arguments, *mixed, "--out", str(tmp_path / "out.json")]) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["ms_per_step"] > 0 and record["host_us_per_step"]["launch"] > 0
+    expected = [[3, 10], [3, 3], [4, 11], [4, 4]] if mixed else [[6, 6]] * 4
+    assert record["rows_and_tokens"] == expected
+    assert "ms a step: 4 steps of" in capsys.readouterr().out
+
+
+def test_a_profile_needs_a_gpu_or_to_be_told_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert profile_steps.main(["llama-tiny"]) == 2
+        assert "--device cpu" in capsys.readouterr().err
