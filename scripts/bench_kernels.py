@@ -22,7 +22,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -286,6 +287,8 @@ class Case:
 
     def measure(self) -> None:
         row = self.row
+        if row.failure:
+            return
         try:
             self.start()
             if self.check is not None:
@@ -453,7 +456,7 @@ class AttentionBench:
             count = times_to_call(work)
             batches = [self.batch(case.lengths) for _ in range(count)]
             yield self.case(decode_row(case, work, read_tbps, on_h100), batches, max(count, 4))
-        batch = self.batch((640,) * self.shape.max_num_seqs)
+        batch = self.batch((BLOCK_SIZE,) * self.shape.max_num_seqs)  # a plan takes as long whatever the lengths
         yield Case(Row("plan of 256 decodes, once a step", 0.0, ""), [partial(self.backend.prepare, batch)] * 20)
 
     def prefill_cases(self, on_h100: bool) -> Iterator[Case]:
@@ -568,7 +571,7 @@ def measure(parts: Sequence[str], device: torch.device) -> tuple[list[Row], floa
     rows: list[Row] = []
     read_tbps = None
     if "read" in parts:
-        readers = compiled(read_cases(READ_ELEMENTS, properties.multi_processor_count, device))
+        readers = compiled({"read": partial(read_cases, READ_ELEMENTS, properties.multi_processor_count, device)})
         for case in readers:
             case.measure()
         best = max((case.row for case in readers), key=lambda row: row.rate or 0.0)
@@ -582,25 +585,25 @@ def measure(parts: Sequence[str], device: torch.device) -> tuple[list[Row], floa
         "sampling": partial(sampling_cases, SAMPLED_ROWS, VOCAB_SIZE, torch.bfloat16, device),
         "skinny": partial(product_cases, bench.pages[0], PRODUCTS, SkinnyDevice.of(device)),
     }
-    cases = compiled(itertools.chain.from_iterable(make() for part, make in makers.items() if part in parts))
-    for case in cases:
+    for case in compiled({part: make for part, make in makers.items() if part in parts}):
         case.measure()
         rows.append(case.row)
     return rows, read_tbps
 
 
-def compiled(cases: Iterable[Case]) -> list[Case]:
-    """The cases, with their kernels compiled side by side."""
-    made = []
+def compiled(makers: dict[str, Callable[[], Iterator[Case]]]) -> list[Case]:
+    """The parts' cases, with their kernels compiled side by side. A part that cannot be set up is a failed case."""
+    cases: list[Case] = []
     with compiling_ahead():
-        for case in cases:
-            made.append(case)
+        for part, make in makers.items():
             try:
-                case.calls[0]()
-            except Exception as error:  # it fails again, and is told, when it is measured
-                print(f"{case.row.case}, compiling: {_first_line(error)}", file=sys.stderr)
-    torch.cuda.synchronize()
-    return made
+                for case in make():
+                    cases.append(case)
+                    with suppress(Exception):  # what does not compile fails again when it is measured
+                        case.calls[0]()
+            except Exception as error:
+                cases.append(Case(Row(part, 0.0, "", failure=_first_line(error)), []))
+    return cases
 
 
 def make_parser() -> argparse.ArgumentParser:

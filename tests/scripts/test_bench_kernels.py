@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import bench_kernels
@@ -84,8 +85,16 @@ def test_a_case_that_fails_is_a_row() -> None:
         raise RuntimeError("no such kernel\nat all")
 
     case = Case(Row("x", 1.0, "TB/s"), [broken], start=broken)
-    case.measure()
-    assert case.row.failure == "RuntimeError: no such kernel" and not case.row.right
+
+    def makes_one_and_breaks() -> Iterator[Case]:
+        yield case
+        raise ValueError("no memory")
+
+    cases = bench_kernels.compiled({"part": makes_one_and_breaks})
+    for made in cases:
+        made.measure()
+    assert [made.row.failure for made in cases] == ["RuntimeError: no such kernel", "ValueError: no memory"]
+    assert not any(made.row.right for made in cases)
 
 
 def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
