@@ -50,7 +50,7 @@ class _Limits:
     device: torch.device
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_num_mixed_tokens: int
+    max_num_mixed_tokens: int | None
     pipeline_depth: int
 
 
@@ -205,10 +205,10 @@ def _limits(config: EngineConfig) -> _Limits:
             "so that every running sequence can get a token in each step",
             param="max_num_batched_tokens",
         )
-    max_num_mixed_tokens = scheduler.max_num_mixed_tokens or max(
-        min(2048 if on_gpu else max_num_batched_tokens, max_num_batched_tokens), max_num_seqs
-    )
-    if not max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens:
+    max_num_mixed_tokens = scheduler.max_num_mixed_tokens
+    if max_num_mixed_tokens is None and on_gpu:
+        max_num_mixed_tokens = min(max(1024, max_num_seqs), max_num_batched_tokens)
+    if max_num_mixed_tokens is not None and not max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens:
         raise ConfigError(
             f"max_num_mixed_tokens must be between max_num_seqs ({max_num_seqs}) and max_num_batched_tokens "
             f"({max_num_batched_tokens}), got {max_num_mixed_tokens}",

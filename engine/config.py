@@ -104,7 +104,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One step's limits: at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
 
     max_num_mixed_tokens: tokens of a step in which many sequences decode, so that a prompt does not keep them waiting for long;
-    `Scheduler` has the rule. None is at most 2,048 on a GPU, and max_num_batched_tokens on a CPU.
+    `StepBudget` has the rule. None is 1,024 on a GPU; on a CPU there is then no such limit.
     pipeline_depth: steps planned ahead of the device's results; None is 1 on a GPU and 0 on a CPU.
     """
 

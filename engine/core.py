@@ -18,6 +18,42 @@ from engine.step import PendingOutput, Runner
 logger = logging.getLogger(__name__)
 
 
+class StepClock:
+    """When the device will want its next step, so that it is planned late and takes in what has arrived until then.
+
+    Steps of about the same number of tokens take about the same time: what the last one took is expected of the next, less a
+    tenth. Planning and launching takes the host `_launch_s`, a moving average, and gets twice that.
+    """
+
+    MARGIN_S = 0.001
+
+    def __init__(self) -> None:
+        self._durations: dict[int, float] = {}  # by tokens // 64
+        self._launch_s = 0.005
+        self._running: deque[int] = deque()  # tokens of the steps in flight
+        self._started_s = 0.0  # when the oldest of them began
+
+    def launched(self, num_tokens: int, host_s: float) -> None:
+        if not self._running:
+            self._started_s = time.monotonic()
+        self._running.append(num_tokens)
+        self._launch_s += 0.1 * (host_s - self._launch_s)
+
+    def finished(self) -> None:
+        """The oldest step has ended, and the next one, if there is one, has begun."""
+        now = time.monotonic()
+        self._durations[self._running.popleft() // 64] = now - self._started_s
+        self._started_s = now
+
+    def spare_s(self) -> float:
+        """Time that may pass before the next step must be planned."""
+        if not self._running:
+            return 0.0
+        expected_s = self._durations.get(self._running[0] // 64, 0.0)
+        due_s = self._started_s + 0.9 * expected_s - 2 * self._launch_s - self.MARGIN_S
+        return max(0.0, due_s - time.monotonic())
+
+
 class EngineCore:
     """One model's engine. pipeline_depth: steps launched ahead of the oldest unread result (0 on a CPU, 1 on a GPU).
 
@@ -34,6 +70,7 @@ class EngineCore:
         self._pipeline_depth = pipeline_depth
         self._in_flight: deque[PendingOutput] = deque()
         self._step_seconds = 0.0
+        self._clock = StepClock()
 
     def add(self, message: AddRequest) -> None:
         """Queue a request. Raises InvalidRequest (and queues nothing) when it can never be served."""
@@ -107,14 +144,23 @@ class EngineCore:
             try:
                 self._runner.launch(plan)
                 self._in_flight.append(self._runner.sample(None))
+                self._clock.launched(plan.total_num_tokens, time.monotonic() - started)
             except OutOfDeviceMemory as error:
                 logger.warning("out of memory: %s", error.message)
                 outputs += self._scheduler.roll_back()
                 plan = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._pipeline_depth):
-            outputs += self._scheduler.update(self._in_flight.popleft().wait())
+            result = self._in_flight.popleft().wait()
+            self._clock.finished()
+            outputs += self._scheduler.update(result)
         self._step_seconds += time.monotonic() - started
         return outputs
+
+    def spare_s(self) -> float:
+        """Seconds for which `step` may wait without the device running out of work: time for what arrives meanwhile."""
+        if not self._pipeline_depth or not self._in_flight or self._in_flight[0].done():
+            return 0.0
+        return self._clock.spare_s()
 
     def idle(self) -> bool:
         """Let the runner do a piece of work that can wait; for moments without requests. Returns whether there is more."""

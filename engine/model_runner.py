@@ -122,6 +122,9 @@ class _HostCopies:
         if self._event is not None:
             self._event.synchronize()
 
+    def done(self) -> bool:
+        return self._event is None or self._event.query()
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -134,6 +137,10 @@ class _Pending:
     logprobs: LogprobsTensors | None
     prompt_logprobs: dict[int, list[LogprobsTensors]]
     copies: _HostCopies
+
+    def done(self) -> bool:
+        """Whether the device is done with it."""
+        return self.copies.done()
 
     def wait(self) -> ModelRunnerOutput:
         """The step's result; blocks until the device is done with it."""

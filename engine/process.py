@@ -45,6 +45,7 @@ BuildEngine = Callable[[EngineConfig, Report], tuple[EngineCore, EngineReady]]
 
 IDLE_POLL_MS = 1000
 # A client that sends its next request as soon as it has an answer does not find the engine at other work.
+SPARE_POLL_MS = 1  # while the device is busy: after this it is looked at again, for it may be done early
 QUIET_MS = 10
 STATS_INTERVAL_S = 0.25
 
@@ -112,8 +113,11 @@ class EngineLoop:
         """Take what has arrived, make a step if there is work, and send what became known. Without work the runner may use the
         time, a piece a turn, so that a request waits for one piece at most."""
         was_busy = self._core.has_work
-        for message in self._socket.receive(0 if was_busy else self._idle_poll_ms):
+        spare_ms = min(SPARE_POLL_MS, int(1e3 * self._core.spare_s()))
+        for message in self._socket.receive(spare_ms if was_busy else self._idle_poll_ms):
             self._handle(message)
+        if spare_ms:
+            return  # there may be time for more
         outputs: list[RequestOutput] = []
         if self._core.has_work:
             outputs = self._core.step()

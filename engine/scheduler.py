@@ -10,6 +10,7 @@ With a pipeline depth of 1 a step is planned while the one before runs: its toke
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -127,7 +128,7 @@ class Scheduler:
         flight = _InFlightStep(SchedulerOutput(step_id=self._num_steps))
         num_preemptions = self._counts["preemptions"]
         prefills = self._plan_decodes(flight)
-        budget = self._budget.prompt_tokens(num_decodes=len(flight.rows))
+        budget = self._budget.prompt_tokens(len(flight.rows), self._oldest_wait_s(prefills))
         for request in prefills:
             budget -= self._plan_chunk(flight, request, budget)
         if self._admits and self._counts["preemptions"] == num_preemptions:
@@ -140,6 +141,11 @@ class Scheduler:
         self._num_steps += 1
         self._in_flight.append(flight)
         return step
+
+    def _oldest_wait_s(self, prefills: list[Request]) -> float:
+        """How long the prompt that came first has been waiting, of those being computed and the next in the queue."""
+        prompts = [request for request in (*prefills, *itertools.islice(self._waiting, 1)) if request.num_output_tokens == 0]
+        return time.monotonic() - min(request.arrival_time_s for request in prompts) if prompts else 0.0
 
     def _plan_decodes(self, flight: _InFlightStep) -> list[Request]:
         """A row for each running request whose only missing token is its last output; returns those that lack more.

@@ -113,9 +113,11 @@ class ModelRunnerOutput:
 
 
 class PendingOutput(Protocol):
-    """A step on its way: `wait` blocks until the device is done and returns its result."""
+    """A step on its way: `wait` blocks until the device is done and returns its result; `done` tells whether it would block."""
 
     def wait(self) -> ModelRunnerOutput: ...
+
+    def done(self) -> bool: ...
 
 
 class Runner(Protocol):

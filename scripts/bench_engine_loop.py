@@ -41,6 +41,9 @@ class InstantOutput:
     def __init__(self, output: ModelRunnerOutput) -> None:
         self._output = output
 
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> ModelRunnerOutput:
         return self._output
 

@@ -43,6 +43,9 @@ class _Slot:
 class _Pending:
     output: ModelRunnerOutput
 
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> ModelRunnerOutput:
         return self.output
 

@@ -1,7 +1,8 @@
 """Paged attention by our own Triton kernels: the default on a GPU.
 
 Pages of a layer: keys and values, each [num_blocks + 1, K, block_size, D], so that one head's page is one contiguous run. A
-step's decodes and chunks go to two kernels side by side on two streams: decodes wait for memory, chunks for arithmetic.
+step's decodes and chunks go to two kernels side by side on two streams: decodes wait for memory, chunks for arithmetic. A
+chunk's program fills its multiprocessor, so the chunks get a share of them for as long as the decodes take, and start first.
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ import torch
 from engine.attention.base import DeviceRows, FusedRotation, LayerSpec, RaggedBatch
 from engine.kernels.compiler import HAS_TRITON
 from engine.kernels.decode_attention import DecodeTiles, DecodeWorkspace, paged_decode_attention, plan_decode
-from engine.kernels.prefill_attention import PrefillWorkspace, paged_prefill_attention, plan_prefill, queries_per_tile
+from engine.kernels.prefill_attention import (
+    PrefillWorkspace,
+    paged_prefill_attention,
+    plan_prefill,
+    queries_per_tile,
+    wants_workspace,
+)
 from engine.kernels.rotary import write_kv
 from engine.step import KVGroupSpec
 
 _INTERPRETED: dict[str, Any] = {"tiles": DecodeTiles(16, 1, 1, 1), "multiprocessors": 4}  # on a CPU, for tests
 _GATHERED_TOKENS = 16384  # of long contexts, copied out of their pages once a layer: 64 MB for 8 heads of 128 in bfloat16
+_DECODE_BYTES_PER_S = 2.9e12
+_CHUNK_FLOPS = 0.55e15
+_LEAST_CHUNK_SHARE, _LEAST_DECODE_SHARE = 0.3, 0.3
 _FP8_SCALE = 1.0  # keys and values of the models served lie well within e4m3's +-448
 
 
@@ -35,6 +45,7 @@ class _Chunks:
     context_lens: torch.Tensor
     tiles: tuple[torch.Tensor, ...]
     any_context: bool
+    max_programs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +98,17 @@ class TritonBackend:
             for group, heads in zip(groups, self._heads, strict=True)
         )
         self._prefill_workspaces = tuple(
-            PrefillWorkspace.allocate(_GATHERED_TOKENS, group.num_kv_heads, group.head_dim, dtype, device) for group in groups
+            PrefillWorkspace.allocate(_GATHERED_TOKENS, group.num_kv_heads, group.head_dim, dtype, device)
+            if wants_workspace(group.head_dim, dtype, self._kv_dtype, block_size, device)
+            else None
+            for group in groups
         )
         self._tile_queries = tuple(
             queries_per_tile(group.head_dim, heads // group.num_kv_heads, dtype, device)
             for group, heads in zip(groups, self._heads, strict=True)
         )
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
     @classmethod
     def unusable(
@@ -146,8 +161,24 @@ class TritonBackend:
                     for group, block_m in zip(self._groups, self._tile_queries, strict=True)
                 ),
                 any_context=any(contexts),
+                max_programs=self._share(batch) if decodes else None,
             )
         return TritonStep(rows, decodes, chunks)
+
+    def _share(self, batch: RaggedBatch) -> int:
+        """Multiprocessors for the chunks of a step that also decodes, such that both take about as long: chunks by arithmetic,
+        decodes by bytes, at a Hopper's rates, whose proportion holds for other cards well enough. By the first KV group."""
+        assert batch.device is not None
+        decodes, group, heads = batch.device.num_decodes, self._groups[0], self._heads[0]
+        keys = sum(batch.context_lens[:decodes]) + decodes
+        decode_s = 2 * keys * group.num_kv_heads * group.head_dim * self._kv_dtype.itemsize / _DECODE_BYTES_PER_S
+        pairs = sum(
+            query * (context + query / 2)
+            for query, context in zip(batch.query_lens[decodes:], batch.context_lens[decodes:], strict=True)
+        )
+        chunk_s = 4 * pairs * heads * group.head_dim / _CHUNK_FLOPS
+        share = chunk_s / max(decode_s, chunk_s * _LEAST_DECODE_SHARE / (1 - _LEAST_DECODE_SHARE))
+        return max(1, int(self._multiprocessors * min(max(share, _LEAST_CHUNK_SHARE), 1 - _LEAST_DECODE_SHARE)))
 
     def _to_device(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -207,9 +238,9 @@ class TritonBackend:
         else:
             main = torch.cuda.current_stream(self._device)
             self._side_stream.wait_stream(main)
+            self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
             with torch.cuda.stream(self._side_stream):
                 self._decode(layer_index, q_THD, out_THD, metadata, sinks_H)
-            self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
             main.wait_stream(self._side_stream)
         return out_THD
 
@@ -268,6 +299,7 @@ class TritonBackend:
             k_scale=self._scale,
             v_scale=self._scale,
             workspace=self._prefill_workspaces[group] if chunks.any_context else None,
+            max_programs=chunks.max_programs,
         )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:

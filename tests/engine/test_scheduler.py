@@ -15,6 +15,7 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.messages import AddRequest, RequestOutput
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.scheduler import Scheduler
+from engine.step_budget import StepBudget
 from tests.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, group
 
 
@@ -134,7 +135,7 @@ def test_one_step_mixes_decodes_with_a_chunk_and_keeps_the_budget():
 
 
 @pytest.mark.parametrize(
-    ("num_decodes", "expected"), [(0, 8192), (1, 8192), (8, 8192), (16, 4096), (20, 3200), (32, 2048), (100, 2048)]
+    ("num_decodes", "expected"), [(0, 8192), (1, 8192), (2, 8192), (4, 4096), (16, 1024), (32, 512), (100, 512), (200, 768)]
 )
 def test_the_more_sequences_decode_the_less_of_a_prompt_joins_their_step(num_decodes: int, expected: int):
     harness = Harness(
@@ -142,7 +143,7 @@ def test_the_more_sequences_decode_the_less_of_a_prompt_joins_their_step(num_dec
         block_size=16,
         max_num_seqs=256,
         max_num_batched_tokens=8192,
-        max_num_mixed_tokens=2048,
+        max_num_mixed_tokens=1024,
         max_model_len=10_000,
     )
     for i in range(num_decodes):
@@ -158,11 +159,18 @@ def test_the_more_sequences_decode_the_less_of_a_prompt_joins_their_step(num_dec
     assert expected - 16 < step.total_num_tokens <= expected
 
 
+@pytest.mark.parametrize(("waited_s", "expected"), [(0.0, 512), (0.04, 512), (0.06, 768), (0.09, 1024), (9.0, 1024)])
+def test_steps_grow_while_a_prompt_waits(waited_s: float, expected: int):
+    budget = StepBudget(max_num_seqs=256, max_num_batched_tokens=8192, max_num_mixed_tokens=1024, block_size=16)
+    assert budget.prompt_tokens(64, waited_s) == expected - 64
+
+
 def test_a_prompt_gets_on_beside_as_many_decodes_as_there_may_be():
-    harness = Harness(max_num_seqs=4, max_num_batched_tokens=200, max_num_mixed_tokens=4)
+    harness = Harness(max_num_seqs=4, max_num_batched_tokens=4, max_num_mixed_tokens=4)
     for i in range(3):
         harness.add(f"r{i}", prompt_of(3, seed=i), max_tokens=40)
-    harness.step()
+    for _ in range(4):
+        harness.step()
     harness.add("late", prompt_of(20), max_tokens=1)
     for _ in range(21):
         harness.step()
