@@ -254,7 +254,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="a folder, a Hub id, a GGUF file or demo")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the text")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window")
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text")
     parser.add_argument("--reference", choices=tuple(VARIANTS), default="float32", help="what the others are compared with")
