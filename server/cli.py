@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -15,8 +16,6 @@ from collections.abc import Generator, Sequence
 import setproctitle
 import uvicorn
 import uvloop
-from sse_starlette.sse import AppStatus
-
 from engine.client import EngineClient
 from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.messages import EngineReady, LoadProgress
@@ -131,8 +130,6 @@ class _Service:
         self._base_url = _base_url(sock)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        # Streams end by themselves when their requests do; sse-starlette would cut them all at the first signal.
-        AppStatus.enable_automatic_graceful_drain = False
         self._server = _Server(
             uvicorn.Config(
                 create_app(self._client, config),
@@ -189,6 +186,10 @@ class _Service:
         logger.info("start the engine process: %s", self._config.model)
         await self._client.start()
         ready = await self._client.wait_until_ready()
+        # What is loaded stays, and tokens leave little behind: a full collection would hold up every stream for nothing.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 50)
         self._print_ready(ready)
         while self._client.state != "failed":
             await asyncio.sleep(STATE_POLL_S)
