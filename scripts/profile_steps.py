@@ -31,20 +31,31 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import msgspec
 import torch
 from dummy_model import SHAPES, write_model
 
 from engine.build import build_engine
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore
-from engine.messages import AddRequest, EngineReady
+from engine.messages import (
+    AddRequest,
+    EngineMessage,
+    EngineReady,
+    FrontendMessage,
+    Refused,
+    RequestOutput,
+    StepOutputs,
+)
+from engine.process import EngineLoop, FrontendSocket
 from engine.sampling_params import SamplingParams
 from engine.step import HostMasks, ModelRunnerOutput, PendingOutput, SchedulerOutput
 
 IDLE_GOAL = 0.03  # at 256 decoding
 GAP_US = 5.0  # launches within a graph follow each other in 1 to 2
 SETTLE_STEPS = 10
-HOST_PARTS = ("schedule", "launch", "sample", "wait", "update")
+FRONTEND = b"profile"
+HOST_PARTS = ("receive", "schedule", "launch", "sample", "wait", "update", "send")
 DEVICE_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 NAME_WIDTH = 72
 T = TypeVar("T")
@@ -156,28 +167,39 @@ def idle_line(found: Occupancy, num_seqs: int) -> str:
 
 
 class HostClock:
-    """Seconds of each step by part; wraps the core's scheduler and runner."""
+    """Seconds of each step by part; wraps the core, its scheduler and its runner."""
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, socket: QueueSocket) -> None:
         self.steps: list[dict[str, float]] = []
         self.sizes: list[tuple[int, int]] = []  # rows and tokens of each step that was launched
-        self._core = core
         self._seconds: dict[str, float] = {}
+        self._last_end = time.perf_counter()
         scheduler, runner = core._scheduler, core._runner
-        launch, sample = self._timed("launch", runner.launch), self._timed("sample", runner.sample)
+        step, launch, sample = core.step, self._timed("launch", runner.launch), self._timed("sample", runner.sample)
 
-        def counted_launch(step: SchedulerOutput) -> None:
-            self.sizes.append((len(step.slots), step.total_num_tokens))
-            launch(step)
+        def counted_step() -> list[RequestOutput]:
+            outputs = step()
+            now = time.perf_counter()
+            self.steps.append({**self._seconds, "total": now - self._last_end})
+            self._seconds, self._last_end = {}, now
+            return outputs
+
+        def counted_launch(plan: SchedulerOutput) -> None:
+            self.sizes.append((len(plan.slots), plan.total_num_tokens))
+            launch(plan)
 
         def sample_with_timed_wait(masks: HostMasks | None) -> PendingOutput:
-            return _TimedOutput(self._timed("wait", sample(masks).wait))
+            pending = sample(masks)
+            return _TimedOutput(pending, self._timed("wait", pending.wait))
 
         wrapped: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+            (core, "step", counted_step),
             (scheduler, "schedule", self._timed("schedule", scheduler.schedule)),
             (scheduler, "update", self._timed("update", scheduler.update)),
             (runner, "launch", counted_launch),
             (runner, "sample", sample_with_timed_wait),
+            (socket, "receive", self._timed("receive", socket.receive)),
+            (socket, "send", self._timed("send", socket.send)),
         )
         for owner, name, method in wrapped:
             setattr(owner, name, method)
@@ -192,30 +214,27 @@ class HostClock:
 
         return call
 
-    def step(self) -> list[str]:
-        """One step of the core; returns the ids of the requests that got tokens."""
-        self._seconds = {}
-        started = time.perf_counter()
-        outputs = self._core.step()
-        self._seconds["total"] = time.perf_counter() - started
-        self.steps.append(self._seconds)
-        return [output.request_id for output in outputs if output.token_ids]
-
-    def forget(self) -> None:
+    def restart(self) -> None:
+        """Forget what was; the next step counts from now."""
         self.steps.clear()
         self.sizes.clear()
+        self._seconds, self._last_end = {}, time.perf_counter()
 
 
 class _TimedOutput:
-    """See step.PendingOutput."""
+    """A step.PendingOutput with another `wait`."""
 
-    def __init__(self, wait: Callable[[], ModelRunnerOutput]) -> None:
+    def __init__(self, pending: PendingOutput, wait: Callable[[], ModelRunnerOutput]) -> None:
+        self._pending = pending
         self.wait = wait
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pending, name)
 
 
 def host_parts(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Microseconds of the median step by part; "busy" is all but waiting for the device."""
-    busy = [{**step, "busy": step["total"] - step.get("wait", 0.0)} for step in steps]
+    """Microseconds of the median step by part; "busy" is all but waiting, for the device or for what may arrive meanwhile."""
+    busy = [{**step, "busy": step["total"] - step.get("wait", 0.0) - step.get("receive", 0.0)} for step in steps]
     return {part: 1e6 * statistics.median(step.get(part, 0.0) for step in busy) for part in (*HOST_PARTS, "busy", "total")}
 
 
@@ -232,12 +251,36 @@ def sizes_line(sizes: Sequence[tuple[int, int]]) -> str:
 # -- the load ---------------------------------------------------------------------------------------------------------
 
 
+class QueueSocket(FrontendSocket):
+    """The engine loop's socket with a frontend in the same process. What is sent is encoded, as it would be, and dropped."""
+
+    def __init__(self) -> None:
+        self.frontends = {FRONTEND}
+        self.queue: list[FrontendMessage] = []
+        self.answered: set[str] = set()  # requests that have had a token
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def receive(self, timeout_ms: int) -> list[FrontendMessage]:
+        if not self.queue:
+            time.sleep(timeout_ms / 1e3)
+        messages, self.queue = self.queue, []
+        return messages
+
+    def send(self, identity: bytes, message: EngineMessage) -> None:
+        self._encoder.encode(message)
+        if isinstance(message, StepOutputs):
+            self.answered.update(output.request_id for output in message.outputs if output.token_ids)
+        elif isinstance(message, Refused):
+            raise SystemExit(f"profile_steps: {message.error.message}")
+
+
 class Load:
-    """Greedy requests of random tokens that never end by themselves."""
+    """Greedy requests of random tokens that never end by themselves, and the loop of the engine process that serves them."""
 
     def __init__(self, core: EngineCore, ready: EngineReady, input_len: int) -> None:
-        self.clock = HostClock(core)
-        self._core = core
+        self._socket = QueueSocket()
+        self.clock = HostClock(core, self._socket)
+        self._loop = EngineLoop(core, self._socket, epoch=1)
         self._random = random.Random(0)
         self._input_len = input_len
         self._vocab_size = ready.vocab_size
@@ -249,26 +292,27 @@ class Load:
     def add(self) -> None:
         prompt = [self._random.randrange(self._vocab_size) for _ in range(self._input_len)]
         sampling = SamplingParams(max_tokens=self._max_tokens, temperature=0.0, ignore_eos=True)
-        self._core.add(AddRequest(request_id=f"r{self._num_sent}", prompt_token_ids=prompt, sampling=sampling))
+        request_id = f"{FRONTEND.decode()}:{self._num_sent}"
+        self._socket.queue.append(AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling))
         self._num_sent += 1
 
     def admit(self, num_requests: int) -> None:
         """Until each has its first token, and some steps more."""
         for _ in range(num_requests):
             self.add()
-        started: set[str] = set()
-        while len(started) < num_requests:
-            started.update(self.clock.step())
+        while len(self._socket.answered) < num_requests:
+            self._loop.turn()
         self.run(SETTLE_STEPS)
 
     def run(self, num_steps: int, arrival_every: int = 0) -> float:
         """Seconds. arrival_every: a prompt arrives before every so many-th step."""
-        self.clock.forget()
+        self.clock.restart()
         started = time.perf_counter()
         for index in range(num_steps):
             if arrival_every and index % arrival_every == 0:
                 self.add()
-            self.clock.step()
+            while len(self.clock.steps) == index:  # a turn may only wait for what arrives
+                self._loop.turn()
         return time.perf_counter() - started
 
 
