@@ -19,13 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class StepClock:
-    """When the device will want its next step, so that it is planned late and takes in what has arrived until then.
+    """When the device will want its next step, so that a long one is followed by a step planned late, which takes in what has
+    arrived until then.
 
     Steps of about the same number of tokens take about the same time: what the last one took is expected of the next, less a
-    tenth. Planning and launching takes the host `_launch_s`, a moving average, and gets twice that.
+    quarter. Planning and launching takes the host `_launch_s`, a moving average, and gets twice that. Short steps are planned
+    at once: a host's clock is no match for them, and there is little to gain.
     """
 
-    MARGIN_S = 0.001
+    MARGIN_S = 0.002
+    SHORT_S = 0.012
 
     def __init__(self) -> None:
         self._durations: dict[int, float] = {}  # by tokens // 64
@@ -47,10 +50,10 @@ class StepClock:
 
     def spare_s(self) -> float:
         """Time that may pass before the next step must be planned."""
-        if not self._running:
+        expected_s = self._durations.get(self._running[0] // 64, 0.0) if self._running else 0.0
+        if expected_s < self.SHORT_S:
             return 0.0
-        expected_s = self._durations.get(self._running[0] // 64, 0.0)
-        due_s = self._started_s + 0.9 * expected_s - 2 * self._launch_s - self.MARGIN_S
+        due_s = self._started_s + 0.75 * expected_s - 2 * self._launch_s - self.MARGIN_S
         return max(0.0, due_s - time.monotonic())
 
 

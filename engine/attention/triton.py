@@ -1,8 +1,8 @@
 """Paged attention by our own Triton kernels: the default on a GPU.
 
 Pages of a layer: keys and values, each [num_blocks + 1, K, block_size, D], so that one head's page is one contiguous run. A
-step's decodes and chunks go to two kernels side by side on two streams: decodes wait for memory, chunks for arithmetic. A
-chunk's program fills its multiprocessor, so the chunks get a share of them for as long as the decodes take, and start first.
+step's decodes and chunks go to two kernels on two streams: a chunk's program fills a multiprocessor, so the chunks take over
+one after the other as the decodes leave them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ from engine.step import KVGroupSpec
 
 _INTERPRETED: dict[str, Any] = {"tiles": DecodeTiles(16, 1, 1, 1), "multiprocessors": 4}  # on a CPU, for tests
 _GATHERED_TOKENS = 16384  # of long contexts, copied out of their pages once a layer: 64 MB for 8 heads of 128 in bfloat16
-_DECODE_BYTES_PER_S = 2.9e12
-_CHUNK_FLOPS = 0.55e15
-_LEAST_CHUNK_SHARE, _LEAST_DECODE_SHARE = 0.3, 0.3
 _FP8_SCALE = 1.0  # keys and values of the models served lie well within e4m3's +-448
 
 
@@ -45,7 +42,6 @@ class _Chunks:
     context_lens: torch.Tensor
     tiles: tuple[torch.Tensor, ...]
     any_context: bool
-    max_programs: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,24 +157,8 @@ class TritonBackend:
                     for group, block_m in zip(self._groups, self._tile_queries, strict=True)
                 ),
                 any_context=any(contexts),
-                max_programs=self._share(batch) if decodes else None,
             )
         return TritonStep(rows, decodes, chunks)
-
-    def _share(self, batch: RaggedBatch) -> int:
-        """Multiprocessors for the chunks of a step that also decodes, such that both take about as long: chunks by arithmetic,
-        decodes by bytes, at a Hopper's rates, whose proportion holds for other cards well enough. By the first KV group."""
-        assert batch.device is not None
-        decodes, group, heads = batch.device.num_decodes, self._groups[0], self._heads[0]
-        keys = sum(batch.context_lens[:decodes]) + decodes
-        decode_s = 2 * keys * group.num_kv_heads * group.head_dim * self._kv_dtype.itemsize / _DECODE_BYTES_PER_S
-        pairs = sum(
-            query * (context + query / 2)
-            for query, context in zip(batch.query_lens[decodes:], batch.context_lens[decodes:], strict=True)
-        )
-        chunk_s = 4 * pairs * heads * group.head_dim / _CHUNK_FLOPS
-        share = chunk_s / max(decode_s, chunk_s * _LEAST_DECODE_SHARE / (1 - _LEAST_DECODE_SHARE))
-        return max(1, int(self._multiprocessors * min(max(share, _LEAST_CHUNK_SHARE), 1 - _LEAST_DECODE_SHARE)))
 
     def _to_device(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -232,16 +212,19 @@ class TritonBackend:
             self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
         elif metadata.chunks is None:
             self._decode(layer_index, q_THD, out_THD, metadata, sinks_H)
-        elif self._side_stream is None:
+        elif self._side_stream is None or self._events is None:
             self._decode(layer_index, q_THD, out_THD, metadata, sinks_H)
             self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
         else:
             main = torch.cuda.current_stream(self._device)
-            self._side_stream.wait_stream(main)
-            self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
+            fork, join = self._events
+            fork.record(main)
+            self._side_stream.wait_event(fork)
             with torch.cuda.stream(self._side_stream):
                 self._decode(layer_index, q_THD, out_THD, metadata, sinks_H)
-            main.wait_stream(self._side_stream)
+                join.record(self._side_stream)
+            self._prefill(layer_index, q_THD, k_TKD, v_TKD, out_THD, metadata, sinks_H)
+            main.wait_event(join)
         return out_THD
 
     def _decode(
@@ -299,7 +282,6 @@ class TritonBackend:
             k_scale=self._scale,
             v_scale=self._scale,
             workspace=self._prefill_workspaces[group] if chunks.any_context else None,
-            max_programs=chunks.max_programs,
         )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:

@@ -62,4 +62,9 @@ def compiling_ahead() -> Iterator[None]:
             JITFunction.run = run
 
 
-__all__ = ["HAS_TRITON", "compiling_ahead", "tl", "triton"]
+def is_compiled(launched: Any) -> bool:
+    """Whether what a launch returned can be launched again by itself: not in the interpreter, nor within `compiling_ahead`."""
+    return type(launched).__name__ == "CompiledKernel"
+
+
+__all__ = ["HAS_TRITON", "compiling_ahead", "is_compiled", "tl", "triton"]

@@ -14,12 +14,12 @@ Names: B rows (padding rows have length 0), H query heads, K key/value heads, G 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from engine.kernels.compiler import tl, triton
+from engine.kernels.compiler import is_compiled, tl, triton
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ class DecodeWorkspace:
     partials: torch.Tensor
     stats: torch.Tensor
     counters: torch.Tensor
+    compiled: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @staticmethod
     def make(
@@ -192,44 +193,29 @@ def paged_decode_attention(
         k_pages, v_pages = k_pages.view(torch.uint8), v_pages.view(torch.uint8)
     while True:
         tiles = workspace.tiles
+        grid = (num_kv_heads * workspace.head_blocks, num_rows + workspace.extra_items, 1)
+        arguments = (
+            q_BHD, k_pages, v_pages, block_tables_SP, workspace.items, out_BHD, workspace.partials, workspace.stats,
+            workspace.counters, sinks_H, k_scale, v_scale, *q_BHD.stride()[:2], *out_BHD.stride()[:2],
+            block_tables_SP.stride(0), scaling, 0.0 if softcap is None else softcap,
+            num_heads, group, workspace.head_blocks, head_dim, _power_of_two(head_dim), max(16, split_heads),
+            tiles.num_warps.bit_length() - 1, tiles.keys_per_warp, block_size, ITEM_FIELDS, tiles.num_stages,
+            max(1, min(16, 2048 * tiles.num_warps // (split_heads * _power_of_two(head_dim)))), split_heads,
+            softcap is not None, decode_fp8,
+        )  # fmt: skip
+        # All that the compiled form depends on and that may differ between calls with one workspace.
+        key = (
+            q_BHD.dtype, out_BHD.dtype, k_pages.dtype, tiles, *arguments[12:17], scaling, softcap is None, k_scale is None,
+            None if sinks_H is None else sinks_H.dtype, q_BHD.data_ptr() % 16, out_BHD.data_ptr() % 16,
+        )  # fmt: skip
+        compiled = workspace.compiled.get(key)
+        if compiled is not None:  # launching through the compiler's own front door takes the host four times as long
+            compiled[grid](*arguments)
+            return out_BHD
         try:
-            _decode_kernel[(num_kv_heads * workspace.head_blocks, num_rows + workspace.extra_items)](
-                q_BHD,
-                k_pages,
-                v_pages,
-                block_tables_SP,
-                workspace.items,
-                out_BHD,
-                workspace.partials,
-                workspace.stats,
-                workspace.counters,
-                sinks_H,
-                k_scale,
-                v_scale,
-                q_BHD.stride(0),
-                q_BHD.stride(1),
-                out_BHD.stride(0),
-                out_BHD.stride(1),
-                block_tables_SP.stride(0),
-                scaling,
-                0.0 if softcap is None else softcap,
-                HEADS=num_heads,
-                GROUP=group,
-                GROUP_BLOCKS=workspace.head_blocks,
-                D=head_dim,
-                D_PAD=_power_of_two(head_dim),
-                BLOCK_M=max(16, split_heads),
-                LOG2_WARPS=tiles.num_warps.bit_length() - 1,
-                KEYS=tiles.keys_per_warp,
-                BLOCK_SIZE=block_size,
-                FIELDS=ITEM_FIELDS,
-                STAGES=tiles.num_stages,
-                SPLITS=max(1, min(16, 2048 * tiles.num_warps // (split_heads * _power_of_two(head_dim)))),
-                SPLIT_HEADS=split_heads,
-                SOFTCAP=softcap is not None,
-                DECODE_FP8=decode_fp8,
-                num_warps=tiles.num_warps,
-            )
+            launched = _decode_kernel[grid](*arguments, num_warps=tiles.num_warps)
+            if is_compiled(launched):
+                workspace.compiled[key] = launched
             return out_BHD
         except triton.runtime.errors.OutOfResources as error:
             if tiles.num_stages == 1:

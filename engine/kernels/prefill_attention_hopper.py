@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from triton.compiler import CompiledKernel
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from engine.kernels.compiler import is_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -521,7 +522,7 @@ def prefill_attention_hopper(
         return True
     try:
         launched = prefill_kernel[grid](*arguments, num_warps=4)
-        if isinstance(launched, CompiledKernel):  # and not one that is only being compiled ahead
+        if is_compiled(launched):
             _compiled[key] = launched
     except Exception as error:
         reason = str(error).split("\n", 1)[0]
