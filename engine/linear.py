@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from engine.kernels import activations, norms
 from engine.kernels.fp8 import fp8_matmul, fp8_obstacle, quantize_weight
-from engine.kernels.skinny_linear import Activation, SkinnyDevice, SkinnyPlan, skinny_linear
+from engine.kernels.skinny_linear import MAX_ROWS, Activation, SkinnyDevice, SkinnyPlan, skinny_linear
 
 WeightFormat = Literal["dense", "fp8"]
 
@@ -62,6 +62,7 @@ class Linear(nn.Module):
         self.weight_scale: torch.Tensor | None
         self.register_buffer("weight_scale", None)
         self._skinny: SkinnyDevice | None = None
+        self._plans: dict[tuple[int, bool], SkinnyPlan | None] = {}
         # Whose weights are views of this one. A tuple: they are not part of this module.
         self._sharers: tuple[Any, ...] = ()
 
@@ -128,10 +129,12 @@ class Linear(nn.Module):
         self.weight = _frozen(stored)
         self.weight_scale = scale
         self.weight_format = "fp8"
+        self._plans = {}
 
     def use_skinny(self, device: SkinnyDevice | None) -> None:
         """From now on multiply few rows by the kernels of engine.kernels.skinny_linear, where they are the faster way."""
         self._skinny = device
+        self._plans = {}
 
     def fuses(self, rows: int, *, norm: bool = False, gated: bool = False) -> bool:
         """Whether `forward` takes so many rows, with what goes around the product, as one kernel."""
@@ -192,10 +195,13 @@ class Linear(nn.Module):
         return torch.addmm(self.bias, x_TE, self.weight.t(), out=out)
 
     def _plan(self, rows: int, gated: bool) -> SkinnyPlan | None:
-        skinny = self._skinny
-        if skinny is None:
+        if self._skinny is None or rows > MAX_ROWS:
             return None
-        return skinny.plan(rows, self.out_features, self.in_features, self.weight.dtype.itemsize, gated)
+        if (rows, gated) not in self._plans:
+            self._plans[rows, gated] = self._skinny.plan(
+                rows, self.out_features, self.in_features, self.weight.dtype.itemsize, gated
+            )
+        return self._plans[rows, gated]
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -2,17 +2,18 @@
 
 A step of few tokens reads every weight once and multiplies it with a handful of rows, so its time is bytes over bandwidth, and
 what is lost is lost at the edges: a kernel of 10 to 80 microseconds spends several of them on launch, first loads and last
-waves. Two kernels here, and the same remedy in both:
+waves. Two kernels here:
 
-- `vector`, up to 4 rows: products on the ordinary units, a program takes a few rows of W whole;
+- `vector`, one or two rows: products on the ordinary units, a program takes a few rows of W whole;
 - `matrix`, up to 64 rows: products on the tensor cores with W as the tall operand, E split over programs where N alone
-  gives too few; the last program to arrive adds the float32 parts in order, so that the sum does not depend on who was last;
-- on Hopper, programmatic dependent launch (CUDA programming guide, "Programmatic Dependent Launch and Synchronization"): a
-  kernel starts while its predecessor ends and fetches its first weights into the L2, since nothing before it writes weights,
-  and only then waits for its input.
+  gives too few; the last program to arrive adds the float32 parts in order, so that the sum does not depend on who was last.
 
-Around the product, each saving a kernel: RMSNorm of the input, bias, gated activation of merged gate and up rows, and the
-addition to the residual stream.
+On Hopper both are launched as programmatic dependents (CUDA programming guide, "Programmatic Dependent Launch and
+Synchronization"): a kernel starts while its predecessor ends and fetches its first weights, since nothing before it writes
+weights, and only then waits for its input.
+
+Around the product, each saving a kernel: RMSNorm of the input (vector), bias, gated activation of merged gate and up rows, and
+the addition to the residual stream.
 
 The bits of a row do not depend on the number of rows within one kernel. Names: M rows, E inputs, N outputs.
 """
@@ -21,28 +22,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-from engine.kernels.compiler import tl, triton
+from engine.kernels.compiler import HAS_TRITON, tl, triton
 
-MAX_VECTOR_ROWS = 8
 MAX_ROWS = 64
 Activation = Literal["silu", "gelu_tanh"]
 _SMALLEST_WEIGHT = 1 << 18
 """Elements below which a product is all launch, whoever makes it."""
-_LANE = 8  # inputs a thread loads at once: 16 bytes of a 16-bit weight
+_LANE = 8
+"""Inputs that a thread loads at once: 16 bytes of a 16-bit weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class SkinnyPlan:
     """How one product is cut. block_rows: rows of x a program holds (padded); block_n, block_e: its tile of W; splits: programs
     along E (matrix); num_stages: tiles of W under way (vector: 1 or 2). As a programmatic dependent: prefetch: inputs of each
-    row of W asked for before the predecessor has ended; trigger: inputs after which the successor may start, -1 for at once."""
+    row of W asked for before the predecessor has ended (matrix); early: whether the successor may start at once, or only
+    when the product is done (matrix)."""
 
-    kind: Literal["vector", "matrix", "stream"]
+    kind: Literal["vector", "matrix"]
     block_rows: int
     block_n: int
     block_e: int
@@ -50,7 +52,7 @@ class SkinnyPlan:
     num_warps: int
     num_stages: int
     prefetch: int = 0
-    trigger: int = -1
+    early: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +115,39 @@ def plan_skinny(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int,
     """
     if not 1 <= rows <= MAX_ROWS or weight_bytes > 2 or num_inputs % 16 or num_outputs * num_inputs < _SMALLEST_WEIGHT:
         return None
-    if rows <= 2:  # beyond, arithmetic and reads of x take longer than reads of W
-        return SkinnyPlan("vector", triton.next_power_of_2(rows), 4, 2048, 1, 8, 2)
     if weight_bytes == 1:
-        return None
-    block_rows = 16 if rows <= 16 else 64
-    block_n, block_e, num_warps, num_stages = (64, 256, 4, 3) if block_rows == 16 else (64, 128, 4, 4)
-    tiles = triton.cdiv(num_outputs, block_n)
-    splits = 1 if tiles >= 2 * card.num_sms else 2
+        return _vector_plan(1, num_inputs, block_n=8, num_warps=4, num_stages=1) if rows == 1 else None
+    if rows == 1:
+        return _vector_plan(1, num_inputs, block_n=4, num_warps=8, num_stages=2)
+    if rows == 2 and gated:
+        return _vector_plan(2, num_inputs, block_n=4, num_warps=4, num_stages=1)
+    if rows == 2:
+        return _vector_plan(2, num_inputs, block_n=8, num_warps=8, num_stages=2)
+    # With more rows, arithmetic and reads of x take a vector program longer than reads of W.
+    block_rows = max(16, triton.next_power_of_2(rows))
+    if block_rows == 16:
+        block_n, block_e, num_warps, num_stages = 64, 256, 4, 3
+    elif num_outputs >= 128 * card.num_sms:
+        block_n, block_e, num_warps, num_stages = 128, 128, 8, 3
+    else:
+        block_n, block_e, num_warps, num_stages = 64, 128, 4, 4
     while num_stages > 2 and _shared_bytes(block_rows, block_n, block_e, num_stages, weight_bytes) > card.shared_bytes:
         num_stages -= 1
     while _shared_bytes(block_rows, block_n, block_e, num_stages, weight_bytes) > card.shared_bytes:
         block_e //= 2
-    return SkinnyPlan("matrix", block_rows, block_n, block_e, splits, num_warps, num_stages, 512, 1 << 20)
+    # As many parts as run side by side: a second wave of them costs more than idle multiprocessors.
+    splits = 1
+    while splits < 4 and 2 * splits * triton.cdiv(num_outputs, block_n) <= card.num_sms and num_inputs >= 4 * splits * block_e:
+        splits *= 2
+    return SkinnyPlan(
+        "matrix", block_rows, block_n, block_e, splits, num_warps, num_stages, 0 if splits > 1 else 512, splits == 1
+    )
+
+
+def _vector_plan(block_rows: int, num_inputs: int, *, block_n: int, num_warps: int, num_stages: int) -> SkinnyPlan:
+    """With one load a thread and row of W across a tile's inputs, so that x needs no exchange between threads."""
+    num_warps = min(num_warps, triton.next_power_of_2(triton.cdiv(num_inputs, 32 * _LANE)))
+    return SkinnyPlan("vector", block_rows, block_n, 32 * _LANE * num_warps, 1, num_warps, num_stages)
 
 
 def _shared_bytes(block_rows: int, block_n: int, block_e: int, num_stages: int, weight_bytes: int) -> int:
@@ -161,16 +183,11 @@ def _activate(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _side_by_side(parts, COUNT: tl.constexpr):
-    """COUNT tensors in new last dimensions of 2 each, which flattened are in order."""
+    """One or two tensors, two of them in a new last dimension."""
     if COUNT == 1:
         return parts[0]
-    elif COUNT == 2:
-        return tl.join(parts[0], parts[1])
-    elif COUNT == 4:
-        return tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
     else:
-        even = tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
-        return tl.join(even, tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])))
+        return tl.join(parts[0], parts[1])
 
 
 @triton.jit
@@ -235,15 +252,13 @@ def _vector_kernel(
     BLOCK_E: tl.constexpr,
     LANE: tl.constexpr,
     STAGES: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
     NORM: tl.constexpr,
     NORM_OFFSET: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    TRIGGER: tl.constexpr,
 ):
     slot = tl.arange(0, BLOCK_N)
     if ACTIVATION is not None:  # gate and up rows side by side
@@ -254,10 +269,7 @@ def _vector_kernel(
     e = tl.arange(0, BLOCK_E)
     weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
     if PDL:
-        if TRIGGER < 0:
-            tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            _fetch_ahead(weight_ptr, row_N, 0, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        tl.extra.cuda.gdc_launch_dependents()
     if STAGES > 1:  # the next tile's loads are under way while this one is multiplied, the first one's before x is there
         w_next = _load_weights(weight_ptrs, 0, e, E, E < BLOCK_E)
     if PDL:
@@ -266,12 +278,9 @@ def _vector_kernel(
     sums = ()
     squares = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BLOCK_N, BLOCK_E // LANE], tl.float32),)  # noqa: RUF005
-        squares = squares + (tl.zeros([BLOCK_E // LANE], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_E // LANE], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        squares = squares + (tl.zeros([BLOCK_E // LANE], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for start in tl.range(0, E, BLOCK_E, num_stages=1):
-        if PDL and TRIGGER >= 0:  # noqa: SIM102 (known at compile time, unlike what follows)
-            if start == TRIGGER:
-                tl.extra.cuda.gdc_launch_dependents()
         if STAGES > 1:
             w = w_next.to(tl.float32)
             w_next = _load_weights(weight_ptrs, start + BLOCK_E, e, E, True)
@@ -287,17 +296,15 @@ def _vector_kernel(
             x = tl.load(x_ptr + m * stride_x + start + e, mask=inside & (m < num_rows), other=0.0).to(tl.float32)
             if NORM:
                 square = tl.sum(tl.reshape(x * x, [BLOCK_E // LANE, LANE]), axis=1)
-                new_squares = new_squares + (squares[m] + square,)  # noqa: RUF005
+                new_squares = new_squares + (squares[m] + square,)  # type: ignore[assignment]  # noqa: RUF005
                 x = x * norm
             else:
-                new_squares = new_squares + (squares[m],)  # noqa: RUF005
+                new_squares = new_squares + (squares[m],)  # type: ignore[assignment]  # noqa: RUF005
             product = tl.sum(tl.reshape(w * x[None, :], [BLOCK_N, BLOCK_E // LANE, LANE]), axis=2)
-            new_sums = new_sums + (sums[m] + product,)  # noqa: RUF005
+            new_sums = new_sums + (sums[m] + product,)  # type: ignore[assignment]  # noqa: RUF005
         sums = new_sums
         squares = new_squares
 
-    if PDL and TRIGGER >= E:
-        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.sum(tl.reshape(_side_by_side(sums, ROWS), [BLOCK_N, BLOCK_E // LANE, ROWS]), axis=1)
     if NORM:
         total = tl.sum(tl.reshape(_side_by_side(squares, ROWS), [BLOCK_E // LANE, ROWS]), axis=0)
@@ -314,7 +321,6 @@ def _matrix_kernel(
     weight_ptr,
     scale_ptr,
     bias_ptr,
-    norm_ptr,
     residual_ptr,
     y_ptr,
     parts_ptr,
@@ -323,7 +329,6 @@ def _matrix_kernel(
     num_outputs,
     stride_x,
     stride_y,
-    eps,
     E: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -333,13 +338,11 @@ def _matrix_kernel(
     STAGES: tl.constexpr,
     SCALED: tl.constexpr,
     BIAS: tl.constexpr,
-    NORM: tl.constexpr,
-    NORM_OFFSET: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
-    TRIGGER: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile = tl.program_id(1)
     split = tl.program_id(0)
@@ -351,7 +354,7 @@ def _matrix_kernel(
         row_N = tl.minimum(tile * BLOCK_N + slot, num_outputs - 1)
     first = split * SPLIT_E
     if PDL:
-        if TRIGGER < 0:
+        if EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         if PREFETCH > 0:
             _fetch_ahead(weight_ptr, row_N, first, E, PREFETCH, 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
@@ -362,7 +365,6 @@ def _matrix_kernel(
     weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
     x_ptrs = x_ptr + m[None, :] * stride_x + e[:, None]
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    squares = tl.zeros([BLOCK_E, ROWS], tl.float32)
     for step in tl.range(0, SPLIT_E // BLOCK_E, num_stages=STAGES):
         offset = step * BLOCK_E
         w = _load_weights(weight_ptrs, offset, e, E, E != SPLITS * SPLIT_E)
@@ -370,17 +372,10 @@ def _matrix_kernel(
             x = tl.load(x_ptrs + offset, mask=m[None, :] < num_rows, other=0.0)
         else:
             x = tl.load(x_ptrs + offset, mask=(m[None, :] < num_rows) & (e + offset < E)[:, None], other=0.0)
-        if NORM:
-            norm = tl.load(norm_ptr + e + offset, mask=e + offset < E, other=0.0).to(tl.float32) + NORM_OFFSET
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            x = (wide * norm[:, None]).to(x_ptr.dtype.element_ty)
         acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision="ieee")
 
-    if PDL and TRIGGER >= 0:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-    if NORM:
-        acc = acc * tl.rsqrt(tl.sum(squares, axis=0) / E + eps)[None, :]
     if SPLITS == 1:
         _finish(
             acc, row_N, scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
@@ -403,116 +398,8 @@ def _matrix_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_units"])
-def _stream_kernel(
-    x_ptr,
-    weight_ptr,
-    scale_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    parts_ptr,
-    arrived_ptr,
-    num_rows,
-    num_outputs,
-    num_units,
-    stride_x,
-    stride_y,
-    E: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    STAGES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    TRIGGER: tl.constexpr,
-):
-    STEPS: tl.constexpr = (E + BLOCK_E - 1) // BLOCK_E
-    program = tl.program_id(0)
-    programs = tl.num_programs(0)
-    first = program * num_units // programs
-    last = (program + 1) * num_units // programs
-    slot = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_E)
-    m = tl.arange(0, ROWS)
-    if ACTIVATION is not None:  # gate and up rows side by side
-        TILE: tl.constexpr = BLOCK_N // 2
-        place_N = slot // 2
-        row_N = place_N + (slot % 2) * num_outputs
-    else:
-        TILE: tl.constexpr = BLOCK_N
-        place_N = slot
-        row_N = slot
-    if PDL:
-        if TRIGGER < 0:
-            tl.extra.cuda.gdc_launch_dependents()
-        if PREFETCH > 0:
-            ahead = weight_ptr + ((first // STEPS) * TILE).to(tl.int64) * E
-            line: tl.constexpr = 128 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            _fetch_ahead(ahead, row_N, (first % STEPS) * BLOCK_E, E, PREFETCH, line)
-        tl.extra.cuda.gdc_wait()
-
-    weight_ptrs = weight_ptr + row_N[:, None].to(tl.int64) * E + e[None, :]
-    x_ptrs = x_ptr + m[None, :] * stride_x + e[:, None]
-    cell = m[None, :] * BLOCK_N + slot[:, None]
-    used = (m[None, :] < num_rows) & (slot[:, None] >= 0)
-    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    for unit in tl.range(first, last, num_stages=STAGES):
-        tile = unit // STEPS
-        step = unit % STEPS
-        tile_ptrs = weight_ptrs + (tile.to(tl.int64) * (TILE * E) + step * BLOCK_E)
-        x_mask = m[None, :] < num_rows
-        if RAGGED:
-            inside = step * BLOCK_E + e < E
-            w_mask = (tile * TILE + place_N < num_outputs)[:, None] & inside[None, :]
-            w = tl.load(tile_ptrs, mask=w_mask, other=0.0, eviction_policy="evict_first")
-            x_mask = x_mask & inside[:, None]
-        else:
-            w = tl.load(tile_ptrs, eviction_policy="evict_first")
-        x = tl.load(x_ptrs + step * BLOCK_E, mask=x_mask, other=0.0)
-        acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc, input_precision="ieee")
-        if (step == STEPS - 1) | (unit == last - 1):
-            if (step == STEPS - 1) & (first <= tile * STEPS):
-                _finish(
-                    acc, tl.minimum(tile * TILE + place_N, num_outputs - 1) + row_N - place_N,
-                    scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
-                    ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
-                )  # fmt: skip
-            else:
-                part = program * 2 + (tile != first // STEPS).to(tl.int32)
-                tl.store(parts_ptr + part * (ROWS * BLOCK_N) + cell, acc, mask=used)
-            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
-
-    if PDL and TRIGGER >= 0:
-        tl.extra.cuda.gdc_launch_dependents()
-    tl.debug_barrier()  # all threads' parts are written before one of them counts the program in
-    for end in tl.static_range(2):
-        if end == 0:
-            tile = first // STEPS
-            shared = (first % STEPS != 0) | (last < (tile + 1) * STEPS)
-        else:
-            tile = (last - 1) // STEPS
-            shared = (tile != first // STEPS) & (last % STEPS != 0)
-        if shared:
-            first_program = ((tile * STEPS + 1) * programs - 1) // num_units
-            last_program = ((tile + 1) * STEPS * programs - 1) // num_units
-            before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
-            if before == last_program - first_program:
-                total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-                for other in range(first_program, last_program + 1):
-                    part = other * 2 + (tile != (other * num_units // programs) // STEPS).to(tl.int32)
-                    total += tl.load(parts_ptr + part * (ROWS * BLOCK_N) + cell, mask=used, other=0.0, cache_modifier=".cg")
-                tl.store(arrived_ptr + tile, 0)
-                _finish(
-                    total, tl.minimum(tile * TILE + place_N, num_outputs - 1) + row_N - place_N,
-                    scale_ptr, bias_ptr, residual_ptr, y_ptr, tile, num_rows, num_outputs, stride_y,
-                    ROWS, BLOCK_N, SCALED, BIAS, RESIDUAL, ACTIVATION,
-                )  # fmt: skip
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels by all that their compilation depends on: Triton's own way from arguments to kernel takes some 40 microseconds."""
 
 
 def skinny_linear(
@@ -535,12 +422,11 @@ def skinny_linear(
     that added to it in place and the residual returned.
 
     weight_NE: contiguous, in x's dtype or float8_e4m3fn with weight_scale_N. norm_weight_E (vector plans): RMSNorm of x
-    in float32, times norm_weight + norm_offset, not rounded in between. pdl: launched as a programmatic dependent; every kernel
-    of the chain whose output this one reads must then be whole once its grid has ended, which is so for all that do not write
-    after triggering their dependents' own completion.
+    in float32, times norm_weight + norm_offset, not rounded in between. pdl: launched as a programmatic dependent, which reads
+    weights at once, and x only when the kernel before it has ended.
     """
     rows, num_inputs = x_ME.shape
-    assert x_ME.stride(1) == weight_NE.stride(1) == 1 and weight_NE.stride(0) == num_inputs
+    assert x_ME.stride(1) == 1 and weight_NE.is_contiguous()
     num_outputs = weight_NE.shape[0] // (2 if activation else 1)
     if residual_MN is not None:
         y = residual_MN
@@ -548,60 +434,51 @@ def skinny_linear(
         y = out_MN if out_MN is not None else x_ME.new_empty((rows, num_outputs))
     if rows > plan.block_rows:
         raise ValueError(f"{rows} rows are more than the plan's {plan.block_rows}")
-    options: dict[str, object] = {"num_warps": plan.num_warps}
-    if pdl:
-        options["launch_pdl"] = True
-    block_outputs = plan.block_n // (2 if activation else 1)
-    tiles = triton.cdiv(num_outputs, block_outputs)
+    tiles = triton.cdiv(num_outputs, plan.block_n // (2 if activation else 1))
     # Arguments that a variant does not read still need a pointer.
     scale = x_ME if weight_scale_N is None else weight_scale_N
     bias = x_ME if bias_N is None else bias_N
     norm = x_ME if norm_weight_E is None else norm_weight_E
-    shared = {
-        "E": num_inputs,
-        "ROWS": plan.block_rows,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_E": plan.block_e,
-        "STAGES": plan.num_stages,
-        "SCALED": weight_scale_N is not None,
-        "BIAS": bias_N is not None,
-        "NORM": norm_weight_E is not None,
-        "NORM_OFFSET": norm_offset,
-        "RESIDUAL": residual_MN is not None,
-        "ACTIVATION": activation,
-        "PDL": pdl,
-        "PREFETCH": plan.prefetch if pdl else 0,
-        "TRIGGER": plan.trigger if pdl else -1,
-    }
     # The stride of a single row means nothing, and must not pick another specialisation of the kernel.
     stride_x, stride_y = (x_ME.stride(0), y.stride(0)) if rows > 1 else (num_inputs, num_outputs)
+    around = (weight_scale_N is not None, bias_N is not None, residual_MN is not None, activation, pdl)
+    arguments: tuple[Any, ...]
     if plan.kind == "vector":
-        _vector_kernel[(tiles,)](
+        kernel, grid = _vector_kernel, (tiles, 1, 1)
+        arguments = (
             x_ME, weight_NE, scale, bias, norm, y, y, rows, num_outputs, stride_x, stride_y, eps,
-            LANE=_LANE, **shared, **options,
+            num_inputs, plan.block_rows, plan.block_n, plan.block_e, _LANE, plan.num_stages,
+            norm_weight_E is not None, norm_offset, *around,
         )  # fmt: skip
-        return y
-    if plan.kind == "stream":
-        units = tiles * triton.cdiv(num_inputs, plan.block_e)
-        programs = min(units, plan.splits)
-        del shared["NORM"], shared["NORM_OFFSET"]
-        _stream_kernel[(programs,)](
-            x_ME, weight_NE, scale, bias, y, y, workspace.parts, workspace.arrived, rows, num_outputs, units,
-            stride_x, stride_y, RAGGED=num_outputs % block_outputs != 0 or num_inputs % plan.block_e != 0, **shared, **options,
+    else:
+        if norm_weight_E is not None:
+            raise ValueError("only vector plans have a norm")
+        parts, arrived = (workspace.parts, workspace.arrived) if workspace is not None else (y, y)
+        if plan.splits > 1:
+            needed = tiles * plan.splits * plan.block_rows * plan.block_n
+            if workspace is None or parts.numel() < needed or arrived.numel() < tiles:
+                raise ValueError(f"{plan.splits} splits need {4 * needed} bytes of workspace and {tiles} counters")
+        split_e = triton.cdiv(triton.cdiv(num_inputs, plan.splits), plan.block_e) * plan.block_e
+        kernel, grid = _matrix_kernel, (plan.splits, tiles, 1)
+        arguments = (
+            x_ME, weight_NE, scale, bias, y, y, parts, arrived, rows, num_outputs, stride_x, stride_y,
+            num_inputs, plan.block_rows, plan.block_n, plan.block_e, plan.splits, split_e, plan.num_stages,
+            *around, plan.prefetch if pdl else 0, plan.early,
         )  # fmt: skip
-        return y
-    if norm_weight_E is not None and (plan.splits > 1 or x_ME.dtype == torch.float16):
-        raise ValueError("a matrix plan has a norm only if it is not split, and in dtypes of float32's range")
-    split_e = triton.cdiv(triton.cdiv(num_inputs, plan.splits), plan.block_e) * plan.block_e
-    parts, arrived = (workspace.parts, workspace.arrived) if workspace is not None else (y, y)
-    if plan.splits > 1:
-        needed = tiles * plan.splits * plan.block_rows * plan.block_n
-        if workspace is None or parts.numel() < needed or arrived.numel() < tiles:
-            raise ValueError(f"a product split {plan.splits} times needs {4 * needed} bytes of workspace and {tiles} counters")
-    _matrix_kernel[(plan.splits, tiles)](
-        x_ME, weight_NE, scale, bias, norm, y, y, parts, arrived, rows, num_outputs, stride_x, stride_y, eps,
-        SPLITS=plan.splits, SPLIT_E=split_e, **shared, **options,
+    # What a compilation depends on.
+    addresses = x_ME.data_ptr() | weight_NE.data_ptr() | scale.data_ptr() | bias.data_ptr() | norm.data_ptr() | y.data_ptr()
+    key = (
+        plan, around, num_inputs, norm_offset, norm_weight_E is not None, x_ME.device, x_ME.dtype, weight_NE.dtype, bias.dtype,
+        norm.dtype, scale.dtype, addresses % 16, num_outputs % 16, stride_x % 16, stride_y % 16,
     )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments)
+        return y
+    options = {"launch_pdl": True} if pdl else {}
+    launched = kernel[grid](*arguments, num_warps=plan.num_warps, **options)
+    if HAS_TRITON and isinstance(launched, triton.compiler.CompiledKernel):  # not one that is only being compiled ahead
+        _compiled[key] = launched
     return y
 
 

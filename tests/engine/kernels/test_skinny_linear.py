@@ -19,11 +19,12 @@ from engine.kernels.skinny_linear import (
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-VECTOR = SkinnyPlan("vector", block_rows=1, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=1, prefetch=0)
-VECTOR_8 = SkinnyPlan("vector", block_rows=8, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=2, prefetch=0)
-MATRIX = SkinnyPlan("matrix", block_rows=16, block_n=16, block_e=32, splits=1, num_warps=4, num_stages=2, prefetch=0)
-MATRIX_SPLIT = SkinnyPlan("matrix", block_rows=16, block_n=32, block_e=32, splits=3, num_warps=4, num_stages=2, prefetch=0)
-PLANS = {"vector": VECTOR, "vector of 8": VECTOR_8, "matrix": MATRIX, "matrix, split": MATRIX_SPLIT}
+VECTOR = SkinnyPlan("vector", block_rows=1, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=1)
+VECTOR_2 = SkinnyPlan("vector", block_rows=2, block_n=16, block_e=32, splits=1, num_warps=1, num_stages=2)
+MATRIX = SkinnyPlan("matrix", block_rows=16, block_n=16, block_e=32, splits=1, num_warps=4, num_stages=2)
+MATRIX_SPLIT = SkinnyPlan("matrix", block_rows=16, block_n=32, block_e=32, splits=3, num_warps=4, num_stages=2)
+MATRIX_64 = SkinnyPlan("matrix", block_rows=64, block_n=32, block_e=32, splits=1, num_warps=4, num_stages=2)
+PLANS = {"vector": VECTOR, "vector of 2": VECTOR_2, "matrix": MATRIX, "matrix, split": MATRIX_SPLIT, "matrix of 64": MATRIX_64}
 CASES = [(name, rows) for name, plan in PLANS.items() for rows in sorted({1, max(1, plan.block_rows - 1), plan.block_rows})]
 
 
@@ -84,12 +85,10 @@ def test_what_goes_around_the_product(name: str) -> None:
         check(plan, x, weight, residual_MN=randn(rows, 48, dtype=dtype), bias_N=bias)
 
 
-@pytest.mark.parametrize("plan", [VECTOR, VECTOR_8, MATRIX])
+@pytest.mark.parametrize("plan", [VECTOR, VECTOR_2])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_the_norm_of_the_input(plan: SkinnyPlan, offset: float) -> None:
     for dtype in dtypes(plan):
-        if plan.kind == "matrix" and dtype == torch.float16:
-            continue
         x, weight = randn(plan.block_rows, 72, dtype=dtype, scale=3.0), randn(48, 72, dtype=dtype, scale=0.1)
         norm = randn(72, dtype=dtype)
         check(plan, x, weight, norm_weight_E=norm, eps=1e-5, norm_offset=offset)
@@ -103,7 +102,7 @@ def test_weights_in_float8(name: str) -> None:
     check(plan, randn(plan.block_rows, 64, dtype=torch.float16), stored, weight_scale_N=scales)
 
 
-@pytest.mark.parametrize("name", ["vector of 8", "matrix", "matrix, split"])
+@pytest.mark.parametrize("name", ["vector of 2", "matrix", "matrix, split"])
 def test_a_row_has_the_same_bits_in_any_company_and_bad_numbers_stay_in_theirs(name: str) -> None:
     plan = PLANS[name]
     workspace = SkinnyWorkspace.allocate(DEVICE, parts_bytes=1 << 18, tiles=64)
@@ -137,14 +136,11 @@ def test_the_residual_is_changed_in_place() -> None:
 def test_what_a_plan_cannot_do_is_refused() -> None:
     x, weight = randn(9, 64), randn(48, 64)
     with pytest.raises(ValueError, match="9 rows are more"):
-        skinny_linear(x, weight, VECTOR_8)
+        skinny_linear(x, weight, VECTOR_2)
     with pytest.raises(ValueError, match="bytes of workspace"):
         skinny_linear(x, weight, MATRIX_SPLIT, SkinnyWorkspace.allocate(DEVICE, parts_bytes=64, tiles=64))
-    workspace = SkinnyWorkspace.allocate(DEVICE)
-    with pytest.raises(ValueError, match="only if it is not split"):
-        skinny_linear(x, weight, MATRIX_SPLIT, workspace, norm_weight_E=randn(64))
-    with pytest.raises(ValueError, match="float32's range"):
-        skinny_linear(x.half(), weight.half(), MATRIX, norm_weight_E=randn(64).half())
+    with pytest.raises(ValueError, match="only vector plans"):
+        skinny_linear(x, weight, MATRIX, norm_weight_E=randn(64))
 
 
 LLAMA_WEIGHTS = [(6144, 4096, False), (4096, 4096, False), (28672, 4096, True), (4096, 14336, False), (128256, 4096, False)]
