@@ -22,7 +22,7 @@ BACKENDS = {
 }
 
 _PREFERRED_ON_CUDA = {
-    "triton": "our own kernels, which run decodes and chunks side by side and need no other package",
+    "triton": "our own kernels, which need no other package",
     "flash_attention": "one kernel for decodes and chunks, captured in graphs",
     "cudnn": "decodes captured in graphs",
     "flashinfer": "planned anew every step, so without graphs",
