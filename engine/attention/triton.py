@@ -104,7 +104,7 @@ class TritonBackend:
             for group, heads in zip(groups, self._heads, strict=True)
         )
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+        self._events = (torch.cuda.Event(), torch.cuda.Event()) if device.type == "cuda" else None
 
     @classmethod
     def unusable(
