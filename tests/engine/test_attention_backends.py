@@ -436,7 +436,15 @@ def make(name: str, layers: list[LayerSpec], monkeypatch: pytest.MonkeyPatch) ->
     return backend, oracle
 
 
-def make_batch(queries: list[int], contexts: list[int], *, num_groups: int, padding: int = 0, seed: int = 0) -> RaggedBatch:
+def make_batch(
+    queries: list[int],
+    contexts: list[int],
+    *,
+    num_groups: int,
+    padding: int = 0,
+    seed: int = 0,
+    block_size: int = BLOCK_SIZE,
+) -> RaggedBatch:
     """Rows in scattered slots, with pages in random order and tables of their own for each group."""
     generator = torch.Generator().manual_seed(seed)
     num_rows, num_slots = len(queries) + padding, len(queries) + padding + 3
@@ -445,7 +453,7 @@ def make_batch(queries: list[int], contexts: list[int], *, num_groups: int, padd
     host_tables, device_tables = [], []
     for _ in range(num_groups):
         supply = iter((torch.randperm(NUM_BLOCKS, generator=generator) + 1).tolist())
-        tables = [[next(supply) for _ in range(-(-(q + c) // BLOCK_SIZE))] for q, c in zip(queries, contexts, strict=True)]
+        tables = [[next(supply) for _ in range(-(-(q + c) // block_size))] for q, c in zip(queries, contexts, strict=True)]
         on_device = torch.zeros(num_slots, TABLE_WIDTH, dtype=torch.int32)
         for slot, table in zip(slots.tolist(), tables, strict=False):
             on_device[slot, : len(table)] = torch.tensor(table)
