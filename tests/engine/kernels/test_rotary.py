@@ -138,7 +138,6 @@ def test_tables_in_the_models_dtype() -> None:
 def test_infinite_values_reach_the_pages_unchanged() -> None:
     case = make_case()
     case.qkv[:, -1] = float("inf")
-    case.tables["positions_T"][0] = 3
     v_pages = case.run(rotary.rotate_and_write)[2]
     assert torch.equal(v_pages, case.run(rotary.rotate_and_write_reference)[2]) and v_pages.isinf().any()
 
@@ -154,9 +153,8 @@ def test_fp8_pages(dtype: torch.dtype, fused: bool) -> None:
     # Only numbers that need no rounding (turns are by right angles), because the interpreter rounds otherwise than the device.
     case.tables["cos_LR"] = (case.tables["cos_LR"] > 0).float()
     case.tables["sin_LR"] = 1 - case.tables["cos_LR"]
-    case.qkv[:] = (case.qkv * 8).to(torch.float8_e4m3fn).to(dtype) / 8
+    case.qkv[:] = (case.qkv * 8).round().clamp(-15, 15) / 8
     case.qkv[0, -3:] = torch.tensor([1000.0, -1000.0, 56.0])
-    case.tables["positions_T"][0] = 3
     runs = (rotary.rotate_and_write, rotary.rotate_and_write_reference) if fused else (write_kv, write_kv_reference)
     results, expected = (case.run(run, **scales) for run in runs)
     for got, want in zip(results, expected, strict=True):
