@@ -139,9 +139,8 @@ def plan_skinny(rows: int, num_outputs: int, num_inputs: int, weight_bytes: int,
     splits = 1
     while splits < 4 and 2 * splits * triton.cdiv(num_outputs, block_n) <= card.num_sms and num_inputs >= 4 * splits * block_e:
         splits *= 2
-    late = splits > 1 and block_rows == 16
     return SkinnyPlan(
-        "matrix", block_rows, block_n, block_e, splits, num_warps, num_stages, prefetch=0 if late else 512, early=not late
+        "matrix", block_rows, block_n, block_e, splits, num_warps, num_stages, 0 if splits > 1 else 512, splits == 1
     )
 
 
