@@ -275,8 +275,9 @@ def graph_bytes(shape: ModelShape, *, max_num_seqs: int, bytes_per_element: int)
     num_sizes = len(graph_batch_sizes(max_num_seqs)) + len(graph_token_counts())
     launches = _LAUNCHES_PER_LAYER * shape.num_layers * num_sizes
     experts = shape.experts_per_token * (2 * shape.hidden_size + 3 * shape.expert_size)
-    width = 8 * shape.hidden_size + max(4 * shape.intermediate_size, experts) + shape.vocab_size
-    return launches * _BYTES_PER_LAUNCH + max(max_num_seqs, MAX_GRAPH_TOKENS) * width * bytes_per_element
+    width = 8 * shape.hidden_size + max(4 * shape.intermediate_size, experts)
+    values = max(max_num_seqs, MAX_GRAPH_TOKENS) * width + max_num_seqs * shape.vocab_size
+    return launches * _BYTES_PER_LAUNCH + values * bytes_per_element
 
 
 def kv_bytes_per_element(kv_cache_dtype: str, bytes_per_element: int) -> int:

@@ -2,7 +2,7 @@
 
 `AttentionInterface` routes every attention call of a model to one function by name; no mask function is registered under
 that name, so the models build no masks. What a step needs travels through the model's own forward as one keyword argument:
-    model(input_ids, position_ids=..., use_cache=False, logits_to_keep=..., paged_attention=StepAttention(backend, metadata))
+    model(input_ids, position_ids=..., use_cache=False, logits_to_keep=..., paged_attention=StepAttention.of(backend, batch))
 """
 
 from __future__ import annotations

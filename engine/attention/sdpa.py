@@ -68,6 +68,22 @@ class SdpaBackend:
         self._device = device
         self._pages: dict[int, torch.Tensor] = {}
 
+    @classmethod
+    def unusable(
+        cls,
+        layers: Sequence[LayerSpec],
+        groups: Sequence[KVGroupSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_cache_dtype: torch.dtype,
+    ) -> str | None:
+        """Why it cannot serve these layers; None where it can."""
+        if kv_cache_dtype != dtype:
+            names = [str(x).removeprefix("torch.") for x in (dtype, kv_cache_dtype)]
+            return f"it keeps pages in the model's {names[0]}, not in {names[1]}"
+        return None
+
     def allocate(self, num_blocks: Sequence[int]) -> None:
         """See AttentionBackend. Replaces earlier pages."""
         self._pages.clear()

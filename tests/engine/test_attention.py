@@ -149,12 +149,12 @@ def run_paged(model: torch.nn.Module, layers: list[LayerSpec], token_ids: list[i
     [table] = tables([len(token_ids)], fragmented=True)
     logits = []
     for start, end in zip([0, *cuts], [*cuts, len(token_ids)], strict=True):
-        metadata = backend.prepare(RaggedBatch([end - start], [start], tuple([table] for _ in range(num_groups))))
+        batch = RaggedBatch([end - start], [start], tuple([table] for _ in range(num_groups)))
         out = model(
             input_ids=torch.tensor([token_ids[start:end]]),
             position_ids=torch.arange(start, end)[None],
             use_cache=False,
-            paged_attention=hf.StepAttention(backend, metadata),
+            paged_attention=hf.StepAttention.of(backend, batch),
         )
         logits.append(out.logits[0])
     return torch.cat(logits)
@@ -182,13 +182,13 @@ def test_a_short_request_does_not_feel_a_long_one(name: str, tmp_path: Path) -> 
     long, short = (torch.randint(5, 300, (n,), generator=generator).tolist() for n in (120, 20))
     alone = [run_paged(loaded.model, loaded.layers, ids, []) for ids in (long, short)]
     backend = make_backend(loaded.layers)
-    metadata = backend.prepare(RaggedBatch([120, 20], [0, 0], (tables([120, 20], fragmented=True),)))
+    batch = RaggedBatch([120, 20], [0, 0], (tables([120, 20], fragmented=True),))
     with torch.inference_mode():
         together = loaded.model(
             input_ids=torch.tensor([long + short]),
             position_ids=torch.cat([torch.arange(120), torch.arange(20)])[None],
             use_cache=False,
-            paged_attention=hf.StepAttention(backend, metadata),
+            paged_attention=hf.StepAttention.of(backend, batch),
         ).logits[0]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(run_paged(loaded.model, loaded.layers, long, [50, 100]), alone[0], atol=1e-4, rtol=1e-4)
