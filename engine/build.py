@@ -155,7 +155,10 @@ def _fuse(
     with torch.inference_mode():
         fused = fuse(loaded.model, loaded.layers, max_model_len) if hasattr(backend, "rotate_and_write") else None
         if config.model.quantization == "fp8":
-            quantize(loaded.model, fused)
+            try:
+                quantize(loaded.model, fused)
+            except ValueError as error:
+                raise ConfigError(f"quantization fp8 cannot be used: {error}", param="quantization") from None
     return fused
 
 

@@ -125,6 +125,8 @@ class TritonBackend:
             return "its kernels need an Ampere card (compute capability 8.0) or a later one"
         if dtype not in (torch.float16, torch.bfloat16):
             return f"its kernels compute in float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+        if kv_cache_dtype != dtype and torch.cuda.get_device_capability(device) < (8, 9):
+            return "pages in FP8 need an Ada or Hopper card (compute capability 8.9) or a later one"
         wide = [layer.head_dim for layer in layers if layer.head_dim > 256]
         return f"heads of {wide[0]} channels are wider than its 256" if wide else None
 
