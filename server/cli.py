@@ -16,6 +16,7 @@ from collections.abc import Generator, Sequence
 import setproctitle
 import uvicorn
 import uvloop
+
 from engine.client import EngineClient
 from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.messages import EngineReady, LoadProgress
