@@ -1,4 +1,4 @@
-"""The device path in float32, kernels in Triton's interpreter: greedy tokens equal Hugging Face's, one step ahead of the results."""
+"""The device path in float32, kernels in the interpreter: greedy tokens equal Hugging Face's, one step ahead of the results."""
 
 from __future__ import annotations
 
