@@ -17,7 +17,8 @@ from engine.attention.choose import choose_backend
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError
-from engine.fusion import FusedDecoder, fuse, quantize
+from engine.fused_decoder import FusedDecoder
+from engine.fusion import fuse, quantize
 from engine.host_memory import available_bytes
 from engine.kernels.compiler import compiling_ahead
 from engine.kv_cache_manager import KVCacheManager

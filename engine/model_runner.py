@@ -7,74 +7,34 @@ is launched by itself: up to MAX_GRAPH_TOKENS, padded to a bucket of tokens, the
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from engine.attention.base import AttentionBackend, RaggedBatch
 from engine.attention.hf import StepAttention
 from engine.cuda_graphs import CudaGraphs
 from engine.errors import OutOfDeviceMemory
-from engine.fusion import Activations, FusedDecoder
+from engine.fused_decoder import Activations, FusedDecoder
 from engine.input_batch import InputBatch, IntArray, StepInputs
 from engine.kernels.sampling import SamplingWorkspace, sample_tokens
 from engine.memory_plan import MAX_GRAPH_TOKENS, graph_batch_sizes, graph_token_counts
-from engine.messages import TokenLogprobs
 from engine.sampler import LogprobsTensors, compute_logprobs, sample
 from engine.sampling_params import SamplingParams
-from engine.step import SCRATCH_BLOCK_ID, HostMasks, ModelRunnerOutput, NewRow, SchedulerOutput
+from engine.split_model import SplitModel
+from engine.step import SCRATCH_BLOCK_ID, HostMasks, NewRow, SchedulerOutput
 from engine.step_feed import to_device
+from engine.step_results import HostCopies, PendingStep
 
 MAX_PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits exist at once: float32 [256, V] is 50 MB at 49,152 tokens and 131 MB at 128,256."""
 
 _WARM_UP_STEP_ID = -1
-
-
-class _GivenHiddenStates(nn.Module):
-    """Stands where a causal model has its decoder, and hands back what it is given."""
-
-    def forward(self, *, inputs_embeds: torch.Tensor, **_ignored: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # the output class with every field a head may pass on
-
-
-class SplitModel:
-    """A Hugging Face causal model in two halves: decoder, then head, each callable for any number of rows.
-
-    The head half is a shallow copy of the model (same weights) whose decoder hands its input through, so that the class's own
-    forward makes the logits, with its soft cap or scaling if it has one. Replace modules of the model before, not after.
-    fused: stands for the decoder where there is one.
-    """
-
-    def __init__(self, model: nn.Module, vocab_size: int, fused: FusedDecoder | None = None) -> None:
-        prefix = str(model.base_model_prefix)
-        self._decoder = getattr(model, prefix)
-        self._head = copy.copy(model)
-        self._head._modules = {**model._modules, prefix: _GivenHiddenStates()}
-        self._vocab_size = vocab_size
-        self.fused = fused
-
-    def hidden_states(
-        self, input_ids_1T: torch.Tensor, position_ids_1T: torch.Tensor, attention: StepAttention
-    ) -> torch.Tensor:
-        """Final hidden states [T, hidden size]."""
-        if self.fused is not None:
-            return self.fused(input_ids_1T[0], attention)
-        output = self._decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, paged_attention=attention)
-        return output.last_hidden_state[0]  # type: ignore[no-any-return]
-
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[N, vocab_size] of hidden states [N, hidden size], in the dtype that the head makes them."""
-        logits = self._head(inputs_embeds=hidden_states[None], use_cache=False).logits
-        return logits[0, :, : self._vocab_size]  # type: ignore[no-any-return]
 
 
 @dataclass(slots=True)
@@ -91,78 +51,6 @@ class _Launched:
     logits: torch.Tensor | None
     prompt_logprobs: dict[int, list[LogprobsTensors]]
     bucket: int | None = None
-
-
-class _HostCopies:
-    """Results on their way to the host, on a stream of their own, awaited by one event: the next step need not wait."""
-
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
-        self._stream = stream
-        self._event = torch.cuda.Event() if stream is not None else None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(device))
-
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._stream is None:
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        with torch.cuda.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)
-        return host
-
-    def copy_logprobs(self, tensors: LogprobsTensors) -> LogprobsTensors:
-        return LogprobsTensors(*(self.copy(x) for x in (tensors.chosen, tensors.ranks, tensors.top_ids, tensors.top_values)))
-
-    def record(self) -> None:
-        if self._event is not None:
-            self._event.record(self._stream)
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
-    def done(self) -> bool:
-        return self._event is None or self._event.query()
-
-
-@dataclass(slots=True)
-class _Pending:
-    """See step.PendingOutput. logprobs: of the rows `logprobs_rows`, of which row i wants num_logprobs[i] best tokens."""
-
-    step_id: int
-    token_ids: torch.Tensor | None
-    logprobs_rows: list[int]
-    num_logprobs: list[int]
-    logprobs: LogprobsTensors | None
-    prompt_logprobs: dict[int, list[LogprobsTensors]]
-    copies: _HostCopies
-
-    def done(self) -> bool:
-        """Whether the device is done with it."""
-        return self.copies.done()
-
-    def wait(self) -> ModelRunnerOutput:
-        """The step's result; blocks until the device is done with it."""
-        self.copies.wait()
-        token_ids: list[int] = [] if self.token_ids is None else self.token_ids.tolist()
-        logprobs: list[TokenLogprobs | None] = [None] * len(token_ids)
-        if self.logprobs is not None:
-            for row, entry in zip(self.logprobs_rows, _entries(self.logprobs, self.num_logprobs), strict=True):
-                logprobs[row] = entry
-        prompt_logprobs = {
-            row: [entry for part in parts for entry in _entries(part, [part.top_ids.shape[1]] * len(part.chosen))]
-            for row, parts in self.prompt_logprobs.items()
-        }
-        return ModelRunnerOutput(self.step_id, token_ids, logprobs, prompt_logprobs)
-
-
-def _entries(tensors: LogprobsTensors, num_best: Sequence[int]) -> list[TokenLogprobs]:
-    columns = (x.tolist() for x in (tensors.chosen, tensors.ranks, tensors.top_ids, tensors.top_values))
-    return [
-        TokenLogprobs(logprob, rank, ids[:k], values[:k])
-        for k, logprob, rank, ids, values in zip(num_best, *columns, strict=True)
-    ]
 
 
 class ModelRunner:
@@ -333,7 +221,7 @@ class ModelRunner:
         return result
 
     @torch.inference_mode()
-    def sample(self, masks: HostMasks | None) -> _Pending:
+    def sample(self, masks: HostMasks | None) -> PendingStep:
         """Draw the launched step's tokens. A mask of a row holds for its forks too. Raises OutOfDeviceMemory before any token
         is noted."""
         launched, self._launched = self._launched, None
@@ -341,7 +229,7 @@ class ModelRunner:
         with _told_apart(launched.step):
             return self._sample(launched, masks)
 
-    def _sample(self, launched: _Launched, masks: HostMasks | None) -> _Pending:
+    def _sample(self, launched: _Launched, masks: HostMasks | None) -> PendingStep:
         token_ids, logprobs = None, None
         wanted: tuple[list[int], list[int]] = ([], [])
         if launched.logits is not None:
@@ -350,8 +238,8 @@ class ModelRunner:
                 token_ids = self._sample_by_kernel(launched, launched.logits, mode)
             else:
                 token_ids, logprobs, wanted = self._sample_in_general(launched, launched.logits, masks)
-        copies = _HostCopies(self._device, self._copy_stream)
-        pending = _Pending(
+        copies = HostCopies(self._device, self._copy_stream)
+        pending = PendingStep(
             step_id=launched.step.step_id,
             token_ids=None if token_ids is None else copies.copy(token_ids),
             logprobs_rows=wanted[0],

@@ -9,7 +9,8 @@ import torch
 
 from engine.attention.base import group_layers
 from engine.config import ModelConfig
-from engine.fusion import FusedDecoder, fuse
+from engine.fused_decoder import FusedDecoder
+from engine.fusion import fuse
 from engine.model_loader import LoadedModel, load_model
 from tests import tiny_models
 
@@ -33,7 +34,7 @@ def test_every_known_architecture_is_fused(name: str, tmp_path: Path):
 @torch.inference_mode()
 def test_a_layer_that_differs_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loaded = load("llama", tmp_path)
-    monkeypatch.setattr("engine.fusion.Norm.add_and_apply", lambda self, x, residual, post: self.apply(residual))
+    monkeypatch.setattr("engine.fused_decoder.Norm.add_and_apply", lambda self, x, residual, post: self.apply(residual))
     assert fuse(loaded.model, loaded.layers, 128) is None
 
 

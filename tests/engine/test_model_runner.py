@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from engine.attention.base import group_layers
 from engine.attention.hf import ATTENTION_NAME, probe_layers, register
 from engine.attention.sdpa import SdpaBackend
-from engine.model_runner import MAX_PROMPT_LOGITS_ROWS, ModelRunner, SplitModel
+from engine.model_runner import MAX_PROMPT_LOGITS_ROWS, ModelRunner
 from engine.sampling_params import SamplingParams, choice_seed
+from engine.split_model import SplitModel
 from engine.step import Fork, HostMasks, ModelRunnerOutput, NewRow, SchedulerOutput
 from tests import tiny_models
 

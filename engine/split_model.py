@@ -1,0 +1,51 @@
+"""SplitModel: a loaded causal model in two halves, so that logits are made of the rows that want them alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from engine.attention.hf import StepAttention
+from engine.fused_decoder import FusedDecoder
+
+
+class _GivenHiddenStates(nn.Module):
+    """Stands where a causal model has its decoder, and hands back what it is given."""
+
+    def forward(self, *, inputs_embeds: torch.Tensor, **_ignored: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)  # the output class with every field a head may pass on
+
+
+class SplitModel:
+    """A Hugging Face causal model in two halves: decoder, then head, each callable for any number of rows.
+
+    The head half is a shallow copy of the model (same weights) whose decoder hands its input through, so that the class's own
+    forward makes the logits, with its soft cap or scaling if it has one. Replace modules of the model before, not after.
+    fused: stands for the decoder where there is one.
+    """
+
+    def __init__(self, model: nn.Module, vocab_size: int, fused: FusedDecoder | None = None) -> None:
+        prefix = str(model.base_model_prefix)
+        self._decoder = getattr(model, prefix)
+        self._head = copy.copy(model)
+        self._head._modules = {**model._modules, prefix: _GivenHiddenStates()}
+        self._vocab_size = vocab_size
+        self.fused = fused
+
+    def hidden_states(
+        self, input_ids_1T: torch.Tensor, position_ids_1T: torch.Tensor, attention: StepAttention
+    ) -> torch.Tensor:
+        """Final hidden states [T, hidden size]."""
+        if self.fused is not None:
+            return self.fused(input_ids_1T[0], attention)
+        output = self._decoder(input_ids=input_ids_1T, position_ids=position_ids_1T, use_cache=False, paged_attention=attention)
+        return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[N, vocab_size] of hidden states [N, hidden size], in the dtype that the head makes them."""
+        logits = self._head(inputs_embeds=hidden_states[None], use_cache=False).logits
+        return logits[0, :, : self._vocab_size]  # type: ignore[no-any-return]
