@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.base import AttentionBackend, group_layers
+from engine.attention.base import AttentionBackend, AttentionNeeds, group_layers
 from engine.attention.choose import choose_backend
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -54,102 +54,140 @@ class _Limits:
     max_num_mixed_tokens: int | None
     pipeline_depth: int
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+class _Phases:
+    """The start's phases, told as they begin and timed. seconds: by name."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        self.report(name, detail, None)
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 3)
+
 
 def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, EngineReady]:
     """Load the model that `config` names. Raises OctavoError where it, or the context asked for, cannot be served."""
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(name: str, detail: str = "") -> Iterator[None]:
-        report(name, detail, None)
-        started = time.monotonic()
-        yield
-        seconds[name] = round(time.monotonic() - started, 3)
-
+    phases = _Phases(report)
     limits = _limits(config)
     torch.set_num_threads(config.parallel.num_threads or _usable_cores())
-    with phase("resolve", config.model.model):
+    with phases.phase("resolve", config.model.model):
         folder = resolve_model(config.model, report)
         hf_config = read_config(folder)
         dtype = resolve_dtype(config.model.dtype, limits.device, hf_config)
         kv_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
-    model_context = max_context(hf_config.get_text_config(decoder=True))
-
-    def plan(groups: tuple[KVGroupSpec, ...], free_bytes: int, max_model_len: int | None, context: int) -> KVPlan:
-        return plan_kv_cache(
-            free_bytes=free_bytes,
-            groups=groups,
-            block_size=config.cache.block_size,
-            max_model_len=max_model_len,
-            model_context=context,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens * (1 + limits.pipeline_depth),
-            num_kv_blocks=config.cache.num_kv_blocks,
-        )
-
     # Before any weight is read: a context that does not fit is refused here.
     shape = ModelShape.of(hf_config.to_dict())
-    expected_bytes = _bytes_for_pages(config, shape, folder, dtype, limits)
-    estimate = plan(
+    free_bytes = _bytes_for_pages(config, shape, folder, dtype, limits)
+    estimate = _plan_pages(
+        config,
+        limits,
         estimate_kv_groups(hf_config.to_dict(), config.cache.block_size, kv_dtype.itemsize),
-        expected_bytes,
-        config.model.max_model_len,
-        model_context,
+        free_bytes,
+        max_context(hf_config.get_text_config(decoder=True)),
     )
-    with phase("load", f"{folder.name} as {_name(dtype)} on {limits.device}"):
+    with phases.phase("load", f"{folder.name} as {_name(dtype)} on {limits.device}"):
         loaded = load_model(folder, config.model, limits.device, dtype, served_context=estimate.max_model_len)
     groups = group_layers(loaded.layers, config.cache.block_size, kv_dtype.itemsize)
-    backend_class, reason = choose_backend(
-        config.attention_backend,
-        layers=loaded.layers,
+    needs = AttentionNeeds(loaded.layers, groups, config.cache.block_size, dtype, limits.device, kv_dtype)
+    backend = _build_backend(config, limits, needs, report)
+    with phases.phase("fuse"):
+        fused = _fuse(config, loaded, backend, estimate.max_model_len, limits)
+    runner = _build_runner(config, limits, loaded, backend, len(groups), estimate.max_model_len, fused)
+    if limits.on_gpu:
+        free_bytes = _measure_free_bytes(config, limits, shape, needs, backend, runner, phases)
+    with phases.phase("allocate pages"):
+        kv_plan = _plan_pages(config, limits, groups, free_bytes, estimate.max_model_len)
+        backend.allocate(kv_plan.num_blocks)
+    with phases.phase("warm up"):
+        runner.warm_up()
+    core = _build_core(config, limits, loaded, groups, kv_plan, runner)
+    report("started", ", ".join(f"{name} {value:.1f} s" for name, value in phases.seconds.items()), None)
+    notes = estimate.notes + kv_plan.notes
+    return core, _ready(config, limits, loaded, folder, kv_plan, notes, phases.seconds, backend.name)
+
+
+def _plan_pages(
+    config: EngineConfig, limits: _Limits, groups: tuple[KVGroupSpec, ...], free_bytes: int, context: int
+) -> KVPlan:
+    """Pages in free_bytes, for the context asked for, or the largest up to `context` that fits."""
+    return plan_kv_cache(
+        free_bytes=free_bytes,
         groups=groups,
         block_size=config.cache.block_size,
-        dtype=dtype,
-        device=limits.device,
-        kv_cache_dtype=kv_dtype,
+        max_model_len=config.model.max_model_len,
+        model_context=context,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens * (1 + limits.pipeline_depth),
+        num_kv_blocks=config.cache.num_kv_blocks,
     )
+
+
+def _build_backend(config: EngineConfig, limits: _Limits, needs: AttentionNeeds, report: Report) -> AttentionBackend:
+    """Without pages yet."""
+    backend_class, reason = choose_backend(config.attention_backend, needs)
     report("attention", f"{backend_class.name}: {reason}", None)
-    own: dict[str, Any] = {"kv_dtype": kv_dtype, "max_num_seqs": limits.max_num_seqs} if backend_class.name == "triton" else {}
-    backend = backend_class(loaded.layers, groups, config.cache.block_size, dtype, limits.device, **own)
-    on_gpu = limits.device.type == "cuda"
-    with phase("fuse"):
-        fused = _fuse(config, loaded, backend, estimate.max_model_len, on_gpu)
-    runner = ModelRunner(
+    own: dict[str, Any] = {}
+    if backend_class.name == "triton":
+        own = {"kv_dtype": needs.kv_cache_dtype, "max_num_seqs": limits.max_num_seqs}
+    return backend_class(needs.layers, needs.groups, needs.block_size, needs.dtype, needs.device, **own)
+
+
+def _build_runner(
+    config: EngineConfig,
+    limits: _Limits,
+    loaded: LoadedModel,
+    backend: AttentionBackend,
+    num_groups: int,
+    max_model_len: int,
+    fused: FusedDecoder | None,
+) -> ModelRunner:
+    return ModelRunner(
         loaded.model,
         backend,
         vocab_size=loaded.vocab_size,
-        num_groups=len(groups),
+        num_groups=num_groups,
         max_num_seqs=limits.max_num_seqs,
-        max_model_len=estimate.max_model_len,
+        max_model_len=max_model_len,
         block_size=config.cache.block_size,
         device=limits.device,
         fused=fused,
-        on_device=on_gpu and backend.name != "sdpa",
+        on_device=limits.on_gpu and backend.name != "sdpa",
         use_graphs=config.cuda_graphs,
     )
-    free_bytes, max_model_len, context = expected_bytes, config.model.max_model_len, estimate.max_model_len
-    if on_gpu:
-        backend.allocate([1] * len(groups))
-        with phase("compile kernels"), compiling_ahead():
-            runner.warm_up()
-        with phase("profile a step"):
-            step_bytes = runner.profile(limits.max_num_batched_tokens)
-            free_bytes = _bytes_after_profile(config, shape, dtype, limits, step_bytes)
-    with phase("allocate pages"):
-        kv_plan = plan(groups, free_bytes, max_model_len, context)
-        backend.allocate(kv_plan.num_blocks)
-    with phase("warm up"):
+
+
+def _measure_free_bytes(
+    config: EngineConfig,
+    limits: _Limits,
+    shape: ModelShape,
+    needs: AttentionNeeds,
+    backend: AttentionBackend,
+    runner: ModelRunner,
+    phases: _Phases,
+) -> int:
+    """Memory for KV pages on a card, after its kernels are compiled and a step has been profiled on a page a group."""
+    backend.allocate([1] * len(needs.groups))
+    with phases.phase("compile kernels"), compiling_ahead():
         runner.warm_up()
-    core = _build_core(config, limits, loaded, groups, kv_plan, runner)
-    report("started", ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), None)
-    return core, _ready(config, limits, loaded, folder, kv_plan, estimate.notes + kv_plan.notes, seconds, backend.name)
+    with phases.phase("profile a step"):
+        step_bytes = runner.profile(limits.max_num_batched_tokens)
+        return _bytes_after_profile(config, shape, needs.dtype, limits, step_bytes)
 
 
 def _fuse(
-    config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend, max_model_len: int, on_gpu: bool
+    config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend, max_model_len: int, limits: _Limits
 ) -> FusedDecoder | None:
     """The fused decoder, where device, backend and model have one, with its weights quantized if asked for."""
-    if not on_gpu:
+    if not limits.on_gpu:
         if config.model.quantization != "none":
             raise ConfigError("quantization fp8 needs a GPU: leave it out on a CPU", param="quantization")
         return None
@@ -244,11 +282,10 @@ def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtyp
         quantization=config.model.quantization,
         bytes_per_element=dtype.itemsize,
     )
-    on_gpu = limits.device.type == "cuda"
-    free, total = torch.cuda.mem_get_info(limits.device) if on_gpu else (available_bytes(), 0)
+    free, total = torch.cuda.mem_get_info(limits.device) if limits.on_gpu else (available_bytes(), 0)
     return bytes_for_pages(
         config.cache,
-        on_gpu=on_gpu,
+        on_gpu=limits.on_gpu,
         total_bytes=total,
         free_bytes=free,
         weights=weights,

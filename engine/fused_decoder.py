@@ -215,14 +215,26 @@ class Activations:
 
     @classmethod
     def empty(cls, num_tokens: int, layer: FusedLayer) -> Activations:
-        weight = layer.output.weight
-        dtype = layer.input_norm.weight.dtype
-        sizes = (layer.output.out_features, layer.qkv.out_features, layer.output.in_features, layer.output.out_features)
-        return cls(*(torch.zeros(num_tokens, size, dtype=dtype, device=weight.device) for size in sizes))
+        """For a step that writes every row."""
+        return cls(
+            *(layer.output.weight.new_empty(num_tokens, size, dtype=layer.input_norm.weight.dtype) for size in _sizes(layer))
+        )
+
+    @classmethod
+    def zeros(cls, num_tokens: int, layer: FusedLayer) -> Activations:
+        """For steps that leave padding rows as they find them: what lies there must be numbers."""
+        return cls(
+            *(layer.output.weight.new_zeros(num_tokens, size, dtype=layer.input_norm.weight.dtype) for size in _sizes(layer))
+        )
 
     def first(self, num_tokens: int) -> Activations:
         """Views of the first tokens' rows."""
         return Activations(*(x[:num_tokens] for x in (self.residual, self.qkv, self.attended, self.hidden)))
+
+
+def _sizes(layer: FusedLayer) -> tuple[int, int, int, int]:
+    """Channels of residual, qkv, attended and hidden."""
+    return layer.output.out_features, layer.qkv.out_features, layer.output.in_features, layer.output.out_features
 
 
 RunPiece = Callable[[int, Callable[[], None]], None]

@@ -99,7 +99,7 @@ class ModelRunner:
         self._token_buckets = graph_token_counts()
         self._graphs = CudaGraphs(device) if use_graphs and on_device and backend.graphs else None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._static = Activations.empty(MAX_GRAPH_TOKENS, fused.layers[0]) if fused is not None else None
+        self._static = Activations.zeros(MAX_GRAPH_TOKENS, fused.layers[0]) if fused is not None else None
         if on_device:
             dtype = next(model.parameters()).dtype
             self._logits = torch.empty(max_num_seqs, vocab_size, dtype=dtype, device=device)
@@ -115,7 +115,7 @@ class ModelRunner:
         assert self._launched is None, "the step before was not sampled"
         if self._graphs is not None:
             self._graphs.begin_step()
-        with _told_apart(step):
+        with _out_of_memory_raised_as_ours(step):
             self._batch.apply(step)
             if self._batch.feed is not None and _is_decodes_alone(step):
                 self._launched = self._launch_decodes(step)
@@ -226,7 +226,7 @@ class ModelRunner:
         is noted."""
         launched, self._launched = self._launched, None
         assert launched is not None, "no step was launched"
-        with _told_apart(launched.step):
+        with _out_of_memory_raised_as_ours(launched.step):
             return self._sample(launched, masks)
 
     def _sample(self, launched: _Launched, masks: HostMasks | None) -> PendingStep:
@@ -430,7 +430,7 @@ def _scratch_step(rows: list[NewRow], spans: list[tuple[int, int, int]], sampled
 
 
 @contextmanager
-def _told_apart(step: SchedulerOutput) -> Iterator[None]:
+def _out_of_memory_raised_as_ours(step: SchedulerOutput) -> Iterator[None]:
     """Out of memory is the step's fate, not the engine's: raised as OutOfDeviceMemory."""
     try:
         yield

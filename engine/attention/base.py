@@ -33,6 +33,18 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionNeeds:
+    """What a backend is asked to serve. dtype: of queries and outputs; kv_cache_dtype: of the pages."""
+
+    layers: Sequence[LayerSpec]
+    groups: Sequence[KVGroupSpec]
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    kv_cache_dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceRows:
     """One step's rows as the device sees them: int32 views of persistent buffers, so that a captured graph can hold them.
 

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from typing import Any
 
-import torch
-
-from engine.attention.base import AttentionBackend, LayerSpec
+from engine.attention.base import AttentionBackend, AttentionNeeds
 from engine.errors import ConfigError
-from engine.step import KVGroupSpec
 
 BACKENDS = {
     "sdpa": "engine.attention.sdpa:SdpaBackend",
@@ -32,27 +27,17 @@ _PREFERRED_ON_CUDA = {
 _PREFERRED_ELSEWHERE = {"sdpa": "each row's pages through scaled_dot_product_attention, exact in every dtype"}
 
 
-def choose_backend(
-    requested: str,
-    *,
-    layers: Sequence[LayerSpec],
-    groups: Sequence[KVGroupSpec],
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    kv_cache_dtype: torch.dtype,
-) -> tuple[type[AttentionBackend], str]:
+def choose_backend(requested: str, needs: AttentionNeeds) -> tuple[type[AttentionBackend], str]:
     """The backend's class, and the reason for the log.
 
-    requested: a name of BACKENDS, or "auto" for the first that can serve these layers. kv_cache_dtype: of the pages. Raises
-    ConfigError where the name is unknown or the backend cannot read our pages.
+    requested: a name of BACKENDS, or "auto" for the first that can serve these layers. Raises ConfigError where the name is
+    unknown or the backend cannot read our pages.
     """
-    situation = (layers, groups, block_size, dtype, device, kv_cache_dtype)
     if requested in BACKENDS:
-        backend, why = _look_at(requested, situation)
+        backend, why = _look_at(requested, needs)
         if why is None:
             return backend, "as asked"
-        usable = [name for name in BACKENDS if name != requested and _look_at(name, situation)[1] is None]
+        usable = [name for name in BACKENDS if name != requested and _look_at(name, needs)[1] is None]
         raise ConfigError(
             f"attention_backend {requested} cannot be used: {why}. Usable here: {', '.join(['auto', *usable])}",
             param="attention_backend",
@@ -62,17 +47,17 @@ def choose_backend(
             f"attention_backend must be auto or one of {', '.join(BACKENDS)}, got {requested!r}", param="attention_backend"
         )
     passed_over: list[tuple[str, str]] = []
-    for name, merit in (_PREFERRED_ON_CUDA if device.type == "cuda" else _PREFERRED_ELSEWHERE).items():
-        backend, why = _look_at(name, situation)
+    for name, merit in (_PREFERRED_ON_CUDA if needs.device.type == "cuda" else _PREFERRED_ELSEWHERE).items():
+        backend, why = _look_at(name, needs)
         if why is None:
             return backend, merit + "".join(f"; not {other}: {reason}" for other, reason in passed_over)
         passed_over.append((name, why))
     reasons = "; ".join(f"{name}: {why}" for name, why in passed_over)
-    raise ConfigError(f"no attention backend can serve this model on {device}: {reasons}", param="attention_backend")
+    raise ConfigError(f"no attention backend can serve this model on {needs.device}: {reasons}", param="attention_backend")
 
 
-def _look_at(name: str, situation: tuple[Any, ...]) -> tuple[type[AttentionBackend], str | None]:
+def _look_at(name: str, needs: AttentionNeeds) -> tuple[type[AttentionBackend], str | None]:
     """A backend's class, and why it is unusable. One that says nothing of that is usable everywhere."""
     module, _, class_name = BACKENDS[name].partition(":")
     backend = getattr(importlib.import_module(module), class_name)
-    return backend, backend.unusable(*situation) if hasattr(backend, "unusable") else None
+    return backend, backend.unusable(needs) if hasattr(backend, "unusable") else None

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import LayerSpec, RaggedBatch
+from engine.attention.base import AttentionNeeds, LayerSpec, RaggedBatch
 from engine.attention.pages import PagedBackend, PagedStep, common_problem, import_problem
 from engine.step import KVGroupSpec
 
@@ -96,19 +96,11 @@ class CudnnBackend(PagedBackend):
         self._built: dict[_Shape, tuple[Any, int]] = {}
 
     @classmethod
-    def unusable(
-        cls,
-        layers: Sequence[LayerSpec],
-        groups: Sequence[KVGroupSpec],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_cache_dtype: torch.dtype,
-    ) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         """Why cuDNN cannot serve these layers here; None when it can."""
-        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        hopper = needs.device.type == "cuda" and torch.cuda.get_device_capability(needs.device) >= (9, 0)
         head_dims = range(8, 257 if hopper else 129, 8)
-        why = common_problem(layers, dtype, device, kv_cache_dtype, head_dims=head_dims, softcap=False, sinks=False)
+        why = common_problem(needs, head_dims=head_dims, softcap=False, sinks=False)
         why = why or import_problem("cudnn", "nvidia-cudnn-frontend", "pygraph")
         if why is None and (version := importlib.import_module("cudnn").backend_version()) < _OLDEST_BACKEND:
             why = f"it needs cuDNN {_OLDEST_BACKEND} or newer, and {version} is loaded"

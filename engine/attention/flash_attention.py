@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import LayerSpec
+from engine.attention.base import AttentionNeeds, LayerSpec
 from engine.attention.pages import PagedBackend, PagedStep, common_problem, import_problem, with_sinks
 from engine.step import KVGroupSpec
 
@@ -41,22 +41,14 @@ class FlashAttentionBackend(PagedBackend):
         self._function: Any = module.flash_attn_with_kvcache if self._is_version_3 else module.flash_attn_varlen_func
 
     @classmethod
-    def unusable(
-        cls,
-        layers: Sequence[LayerSpec],
-        groups: Sequence[KVGroupSpec],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_cache_dtype: torch.dtype,
-    ) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         """Why neither version can serve these layers here; None when one can."""
-        why = common_problem(layers, dtype, device, kv_cache_dtype)
+        why = common_problem(needs)
         if why is not None or (version_3 := _version_3_problem()) is None:
             return why
         version_2 = None
-        if block_size % _PAGE_OF_VERSION_2:
-            version_2 = f"its pages hold a multiple of {_PAGE_OF_VERSION_2} tokens, ours {block_size} (--block-size)"
+        if needs.block_size % _PAGE_OF_VERSION_2:
+            version_2 = f"its pages hold a multiple of {_PAGE_OF_VERSION_2} tokens, ours {needs.block_size} (--block-size)"
         version_2 = version_2 or import_problem("flash_attn", "flash-attn", "flash_attn_varlen_func")
         return version_2 and f"of version 3, {version_3}; of version 2, {version_2}"
 

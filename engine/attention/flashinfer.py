@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from engine.attention.base import DeviceRows, LayerSpec, RaggedBatch
+from engine.attention.base import AttentionNeeds, DeviceRows, LayerSpec, RaggedBatch
 from engine.attention.pages import PagedBackend, common_problem, import_problem, to_device
 from engine.step import KVGroupSpec
 
@@ -57,22 +57,14 @@ class FlashInferBackend(PagedBackend):
         self._prefillers = [flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "HND") for _ in groups]
 
     @classmethod
-    def unusable(
-        cls,
-        layers: Sequence[LayerSpec],
-        groups: Sequence[KVGroupSpec],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_cache_dtype: torch.dtype,
-    ) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         """Why FlashInfer cannot serve these layers here; None when it can."""
-        why = common_problem(layers, dtype, device, kv_cache_dtype, head_dims=(64, 128, 256), sinks=False)
+        why = common_problem(needs, head_dims=(64, 128, 256), sinks=False)
         why = why or import_problem("flashinfer", "flashinfer-python", "BatchDecodeWithPagedKVCacheWrapper")
         if why is None and not _has_nvcc() and importlib.util.find_spec("flashinfer_jit_cache") is None:
             why = "it compiles its kernels, and neither nvcc nor flashinfer-jit-cache is installed"
-        members = {layer.layer_index: (layer.num_heads, layer.scaling, layer.softcap) for layer in layers}
-        if why is None and any(len({members[index] for index in group.layer_indices}) > 1 for group in groups):
+        members = {layer.layer_index: (layer.num_heads, layer.scaling, layer.softcap) for layer in needs.layers}
+        if why is None and any(len({members[index] for index in group.layer_indices}) > 1 for group in needs.groups):
             why = "it plans once for all layers of a group, and they differ in heads, scaling or soft cap"
         return why
 

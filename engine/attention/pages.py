@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.base import DeviceRows, FusedRotation, LayerSpec, RaggedBatch
+from engine.attention.base import AttentionNeeds, DeviceRows, FusedRotation, LayerSpec, RaggedBatch
 from engine.kernels.compiler import HAS_TRITON
 from engine.kernels.rotary import write_kv, write_kv_reference
 from engine.step import KVGroupSpec
@@ -70,15 +70,8 @@ class PagedBackend:
                 self._pages[index] = keys, values
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """See AttentionBackend. Sources are read before any target is written."""
-        for g, group in enumerate(self._groups):
-            pairs = [(source, target) for copied_group, source, target in copies if copied_group == g]
-            if not pairs:
-                continue
-            sources, targets = to_device(np.array(pairs, dtype=np.int64), self._device).unbind(1)
-            for index in group.layer_indices:
-                for pages in self._pages[index]:
-                    pages.index_copy_(0, targets, pages.index_select(0, sources))
+        """See AttentionBackend."""
+        copy_pages(self._groups, self._pages, copies, self._device)
 
     def prepare(self, batch: RaggedBatch) -> PagedStep:
         """See AttentionBackend."""
@@ -145,6 +138,25 @@ def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Ten
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def copy_pages(
+    groups: Sequence[KVGroupSpec],
+    pages_by_layer: Mapping[int, tuple[torch.Tensor, torch.Tensor]],
+    copies: Sequence[tuple[int, int, int]],
+    device: torch.device,
+) -> None:
+    """Copy whole pages: (group, source id, target id), in all layers of the group. Sources are read before any target is
+    written."""
+    for g, group in enumerate(groups):
+        pairs = [(source, target) for copied_group, source, target in copies if copied_group == g]
+        if not pairs:
+            continue
+        sources, targets = torch.tensor(pairs, dtype=torch.int64).to(device, non_blocking=True).unbind(1)
+        for index in group.layer_indices:
+            for pages in pages_by_layer[index]:
+                raw = pages.view(torch.uint8)  # FP8 has no index_copy: pages are moved as bytes
+                raw.index_copy_(0, targets, raw.index_select(0, sources))
+
+
 def with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:
     """Attention outputs as if each head's sink logit had been in the softmax's denominator: the natural logarithm of the
     denominator without it is lse, so the share that stays is sigmoid(lse - sink). [T, H, D]"""
@@ -153,10 +165,7 @@ def with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tenso
 
 
 def common_problem(
-    layers: Sequence[LayerSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    kv_cache_dtype: torch.dtype,
+    needs: AttentionNeeds,
     *,
     head_dims: Iterable[int] = range(8, 257, 8),
     capability: tuple[int, int] = (8, 0),
@@ -167,22 +176,28 @@ def common_problem(
 
     head_dims: those the kernels take. capability: the oldest compute capability. softcap, sinks: whether they know these.
     """
-    if device.type != "cuda":
-        return f"it needs a CUDA device, and this one is {device.type}"
+    if needs.device.type != "cuda":
+        return f"it needs a CUDA device, and this one is {needs.device.type}"
     if not HAS_TRITON:
         return "its pages are written by a Triton kernel, and Triton is not installed"
-    have = torch.cuda.get_device_capability(device)
-    dims = sorted({layer.head_dim for layer in layers} - set(head_dims))
+    have = torch.cuda.get_device_capability(needs.device)
+    dims = sorted({layer.head_dim for layer in needs.layers} - set(head_dims))
     checks = (
         (have < capability, "it needs compute capability {}.{} or newer, and this card has {}.{}".format(*capability, *have)),
-        (dtype not in (torch.float16, torch.bfloat16), f"it computes in float16 and bfloat16, not in {_name(dtype)}"),
-        (kv_cache_dtype != dtype, f"it reads pages in the model's dtype, not in {_name(kv_cache_dtype)}"),
+        (
+            needs.dtype not in (torch.float16, torch.bfloat16),
+            f"it computes in float16 and bfloat16, not in {_name(needs.dtype)}",
+        ),
+        (needs.kv_cache_dtype != needs.dtype, f"it reads pages in the model's dtype, not in {_name(needs.kv_cache_dtype)}"),
         (bool(dims), f"it has no kernel for head size {', '.join(map(str, dims))}"),
         (
-            not softcap and any(layer.softcap is not None for layer in layers),
+            not softcap and any(layer.softcap is not None for layer in needs.layers),
             "it has no soft cap, which this model's layers use",
         ),
-        (not sinks and any(layer.has_sinks for layer in layers), "it has no attention sinks, which this model's layers use"),
+        (
+            not sinks and any(layer.has_sinks for layer in needs.layers),
+            "it has no attention sinks, which this model's layers use",
+        ),
     )
     return next((why for failed, why in checks if failed), None)
 

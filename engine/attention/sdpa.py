@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from engine.attention.base import LayerSpec, RaggedBatch
+from engine.attention.base import AttentionNeeds, LayerSpec, RaggedBatch
 from engine.step import KVGroupSpec
 
 _MAX_SCORES = 1 << 24  # scores of a row materialised at once (heads x queries x keys); the softcap and sink path slices to it
@@ -69,18 +69,10 @@ class SdpaBackend:
         self._pages: dict[int, torch.Tensor] = {}
 
     @classmethod
-    def unusable(
-        cls,
-        layers: Sequence[LayerSpec],
-        groups: Sequence[KVGroupSpec],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_cache_dtype: torch.dtype,
-    ) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         """Why it cannot serve these layers; None where it can."""
-        if kv_cache_dtype != dtype:
-            names = [str(x).removeprefix("torch.") for x in (dtype, kv_cache_dtype)]
+        if needs.kv_cache_dtype != needs.dtype:
+            names = [str(x).removeprefix("torch.") for x in (needs.dtype, needs.kv_cache_dtype)]
             return f"it keeps pages in the model's {names[0]}, not in {names[1]}"
         return None
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from engine.attention.base import LayerSpec
+from engine.attention.base import AttentionNeeds, LayerSpec
 from engine.attention.pages import PagedBackend, PagedStep, common_problem, import_problem
 from engine.step import KVGroupSpec
 
@@ -34,18 +34,10 @@ class TorchVarlenBackend(PagedBackend):
         self._function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
 
     @classmethod
-    def unusable(
-        cls,
-        layers: Sequence[LayerSpec],
-        groups: Sequence[KVGroupSpec],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_cache_dtype: torch.dtype,
-    ) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         """Why torch cannot serve these layers here; None when it can."""
-        why = common_problem(layers, dtype, device, kv_cache_dtype, capability=(9, 0), softcap=False, sinks=False)
-        if why is None and torch.cuda.get_device_capability(device)[0] != 9:
+        why = common_problem(needs, capability=(9, 0), softcap=False, sinks=False)
+        if why is None and torch.cuda.get_device_capability(needs.device)[0] != 9:
             why = "FlashAttention-3 is reached through torch on compute capability 9 only"
         if why is None and not _has_block_table():
             why = f"torch {torch.__version__} has no block table in varlen_attn; 2.12 and later have one"

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.attention.base import DeviceRows, FusedRotation, LayerSpec, RaggedBatch
+from engine.attention.base import AttentionNeeds, DeviceRows, FusedRotation, LayerSpec, RaggedBatch
+from engine.attention.pages import copy_pages
 from engine.kernels.compiler import HAS_TRITON
 from engine.kernels.decode_attention import DecodeTiles, DecodeWorkspace, paged_decode_attention, plan_decode
 from engine.kernels.prefill_attention import (
@@ -107,27 +108,19 @@ class TritonBackend:
         self._events = (torch.cuda.Event(), torch.cuda.Event()) if device.type == "cuda" else None
 
     @classmethod
-    def unusable(
-        cls,
-        layers: Sequence[LayerSpec],
-        groups: Sequence[KVGroupSpec],
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        kv_cache_dtype: torch.dtype,
-    ) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         """Why these kernels cannot serve these layers; None where they can."""
         if not HAS_TRITON:
             return "Triton is not installed"
-        if device.type != "cuda":
+        if needs.device.type != "cuda":
             return "its kernels run on CUDA devices"
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        if torch.cuda.get_device_capability(needs.device) < (8, 0):
             return "its kernels need an Ampere card (compute capability 8.0) or a later one"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"its kernels compute in float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
-        if kv_cache_dtype != dtype and torch.cuda.get_device_capability(device) < (8, 9):
+        if needs.dtype not in (torch.float16, torch.bfloat16):
+            return f"its kernels compute in float16 or bfloat16, not {str(needs.dtype).removeprefix('torch.')}"
+        if needs.kv_cache_dtype != needs.dtype and torch.cuda.get_device_capability(needs.device) < (8, 9):
             return "pages in FP8 need an Ada or Hopper card (compute capability 8.9) or a later one"
-        wide = [layer.head_dim for layer in layers if layer.head_dim > 256]
+        wide = [layer.head_dim for layer in needs.layers if layer.head_dim > 256]
         return f"heads of {wide[0]} channels are wider than its 256" if wide else None
 
     def allocate(self, num_blocks: Sequence[int]) -> None:
@@ -287,14 +280,5 @@ class TritonBackend:
         )
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """See AttentionBackend. Sources are read before any target is written."""
-        for g, group in enumerate(self._groups):
-            pairs = [(source, target) for copied_group, source, target in copies if copied_group == g]
-            if not pairs:
-                continue
-            sources, targets = torch.tensor(pairs, dtype=torch.int64, device=self._device).unbind(1)
-            for index in group.layer_indices:
-                for pages in self._pages[index]:
-                    # FP8 has no index_copy: pages are moved as bytes.
-                    raw = pages.view(torch.uint8)
-                    raw.index_copy_(0, targets, raw.index_select(0, sources))
+        """See AttentionBackend."""
+        copy_pages(self._groups, self._pages, copies, self._device)

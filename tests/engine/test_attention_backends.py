@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from engine.attention import choose
-from engine.attention.base import DeviceRows, LayerSpec, RaggedBatch, group_layers
+from engine.attention.base import AttentionNeeds, DeviceRows, LayerSpec, RaggedBatch, group_layers
 from engine.attention.cudnn import CudnnBackend
 from engine.attention.flash_attention import FlashAttentionBackend
 from engine.attention.flashinfer import FlashInferBackend
@@ -600,14 +600,14 @@ SITUATION: dict[str, Any] = {
 }
 
 
-def situation(**changes: Any) -> dict[str, Any]:
+def situation(**changes: Any) -> AttentionNeeds:
     result = {**SITUATION, **changes}
     if "head_dim" in changes:
         result["layers"] = [LayerSpec(0, 8, 2, result.pop("head_dim"), 0.1, None, None, False)]
     if "window" in changes:
         result["layers"] = [LayerSpec(0, 8, 2, 128, 0.1, result.pop("window"), None, False)]
     result["groups"] = group_layers(result["layers"], result["block_size"], 2)
-    return result
+    return AttentionNeeds(**result)
 
 
 @pytest.fixture
@@ -641,7 +641,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("name", "changes", "reason"), REFUSALS, ids=[f"{n}: {r}" for n, _, r in REFUSALS])
 def test_what_cannot_be_served_is_refused_with_the_reason(name: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as raised:
-        choose.choose_backend(name, **situation(**changes))
+        choose.choose_backend(name, situation(**changes))
     assert raised.value.param == "attention_backend"
 
 
@@ -650,7 +650,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(name: str, changes: di
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_can_be_served_is_taken_when_asked_for(name: str, changes: dict[str, Any]) -> None:
     changes = {"kv_cache_dtype": changes.get("dtype", torch.bfloat16), **changes}
-    backend, reason = choose.choose_backend(name, **situation(**changes))
+    backend, reason = choose.choose_backend(name, situation(**changes))
     assert backend.name == name and reason == "as asked"
 
 
@@ -671,23 +671,23 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
     package, reason = MISSING[name]
     monkeypatch.delitem(sys.modules, package)
     with pytest.raises(ConfigError, match=reason):
-        choose.choose_backend(name, **situation())
+        choose.choose_backend(name, situation())
 
 
 @pytest.mark.usefixtures("hopper")
 def test_version_2_serves_pages_of_256(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
-    assert choose.choose_backend("flash_attention", **situation(block_size=256))[0] is FlashAttentionBackend
+    assert choose.choose_backend("flash_attention", situation(block_size=256))[0] is FlashAttentionBackend
     monkeypatch.setitem(sys.modules, "flash_attn", module("flash_attn"))
     with pytest.raises(ConfigError, match="of version 2, the installed module flash_attn has no flash_attn_varlen_func"):
-        choose.choose_backend("flash_attention", **situation(block_size=256))
+        choose.choose_backend("flash_attention", situation(block_size=256))
 
 
 @pytest.mark.usefixtures("hopper")
 def test_builds_and_machines_that_lack_something(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(name: str, reason: str) -> None:
         with pytest.raises(ConfigError, match=reason):
-            choose.choose_backend(name, **situation())
+            choose.choose_backend(name, situation())
 
     sys.modules["cudnn"].backend_version = lambda: 91001  # type: ignore[attr-defined]
     refused("cudnn", "needs cuDNN 91002 or newer, and 91001 is loaded")
@@ -711,7 +711,7 @@ def test_a_package_that_does_not_import_is_refused_with_its_error(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "flashinfer")
     with pytest.raises(ConfigError, match=r"flashinfer-python does not import here \(OSError: undefined symbol: _ZN3c10\)"):
-        choose.choose_backend("flashinfer", **situation())
+        choose.choose_backend("flashinfer", situation())
 
 
 class OwnKernels:
@@ -721,7 +721,7 @@ class OwnKernels:
     why: str | None = None
 
     @classmethod
-    def unusable(cls, *_situation: Any) -> str | None:
+    def unusable(cls, needs: AttentionNeeds) -> str | None:
         return cls.why
 
 
@@ -733,37 +733,37 @@ def own_kernels(monkeypatch: pytest.MonkeyPatch, hopper: None) -> type[OwnKernel
 
 
 def test_auto_takes_our_own_kernels_on_a_gpu(own_kernels: type[OwnKernels]) -> None:
-    backend, reason = choose.choose_backend("auto", **situation())
+    backend, reason = choose.choose_backend("auto", situation())
     assert backend is own_kernels and "our own kernels" in reason and "not" not in reason
 
 
 def test_auto_goes_on_when_they_cannot_serve(own_kernels: type[OwnKernels], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(own_kernels, "why", "Triton is not installed")
-    backend, reason = choose.choose_backend("auto", **situation())
+    backend, reason = choose.choose_backend("auto", situation())
     assert backend is FlashAttentionBackend and reason.endswith("; not triton: Triton is not installed")
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
-    backend, reason = choose.choose_backend("auto", **situation())
+    backend, reason = choose.choose_backend("auto", situation())
     assert backend is CudnnBackend and "not flash_attention: of version 3, flash-attn-3 is not installed" in reason
 
 
 def test_auto_on_a_cpu_is_the_oracle() -> None:
-    backend, reason = choose.choose_backend("auto", **situation(device=CPU, dtype=torch.float32, kv_cache_dtype=torch.float32))
+    backend, reason = choose.choose_backend("auto", situation(device=CPU, dtype=torch.float32, kv_cache_dtype=torch.float32))
     assert backend is SdpaBackend and "exact" in reason
 
 
 def test_names_are_checked(own_kernels: type[OwnKernels], monkeypatch: pytest.MonkeyPatch) -> None:
     known = "auto or one of sdpa, triton, flash_attention, cudnn, flashinfer, torch_varlen, got 'flash'"
     with pytest.raises(ConfigError, match=known) as raised:
-        choose.choose_backend("flash", **situation())
+        choose.choose_backend("flash", situation())
     assert raised.value.param == "attention_backend"
     monkeypatch.setattr(own_kernels, "why", "it is off")
     usable = r"attention_backend triton cannot be used: it is off. Usable here: auto, sdpa, flash_attention, cudnn, flashinfer"
     with pytest.raises(ConfigError, match=usable):
-        choose.choose_backend("triton", **situation())
+        choose.choose_backend("triton", situation())
 
 
 def test_nothing_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choose.BACKENDS, "sdpa", f"{__name__}:OwnKernels")
     monkeypatch.setattr(OwnKernels, "why", "it keeps no FP8")
     with pytest.raises(ConfigError, match="no attention backend can serve this model on cpu: sdpa: it keeps no FP8"):
-        choose.choose_backend("auto", **situation(device=CPU))
+        choose.choose_backend("auto", situation(device=CPU))
