@@ -1,4 +1,4 @@
-"""What scripts/install says where it cannot go on: one sentence with the remedy, and exit code 1."""
+"""What scripts/install says where it cannot go on: one sentence with the remedy, and exit code 1. And what does not stop it."""
 
 from __future__ import annotations
 
@@ -76,3 +76,37 @@ def test_full_disk(checkout: Path) -> None:
 
 def test_unknown_argument(checkout: Path) -> None:
     assert install(checkout, sys.executable, "--prod") == "install: unknown argument '--prod': the only one is --dev.\n"
+
+
+@pytest.mark.skipif(
+    Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists(), reason="no kernels for GPUs"
+)
+@pytest.mark.parametrize("compile_exit", [0, 1])
+def test_cpu_kernels_are_compiled_and_never_fail_an_install(checkout: Path, compile_exit: int) -> None:
+    environment = checkout / ".venv" / "bin"
+    environment.mkdir(parents=True)
+    # The environment's Python installs nothing and compiles nothing; all else it does.
+    python = environment / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'case "$*" in\n'
+        '  *version*"torch"*) sed -n \'s/^ *"torch==\\([0-9.]*\\)".*/\\1/p\' pyproject.toml ;;\n'
+        '  *"import sys, pip"*) exec "' + sys.executable + '" -c \'import sys; print("%d.%d" % sys.version_info[:2])\' ;;\n'
+        '  "-m pip "*) ;;\n'
+        f'  "-m engine.kernels.cpu_build") echo "Compiled in $PWD"; exit {compile_exit} ;;\n'
+        f'  *) exec "{sys.executable}" "$@" ;;\n'
+        "esac\n"
+    )
+    python.chmod(0o755)
+    run = subprocess.run(
+        [str(checkout / "scripts" / "install")],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stderr
+    assert f"Compiled in {checkout}\n" in run.stderr
+    assert (checkout / ".venv" / "installed").exists()
