@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_gpu_serving import ROOT, measure_model, say
+from bench_gpu_serving import measure_model, say
 from bench_gpu_workloads import BY_DEFAULT, MODELS, Figures, Model
+from bench_process import ROOT
 from dummy_model import write_model
 
 PARTS = ("check", "kernels", "first-load", "serving")

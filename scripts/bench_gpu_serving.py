@@ -7,107 +7,33 @@ graphs come by load, and the figures to compare with are of servers that were wa
 from __future__ import annotations
 
 import asyncio
-import http.client
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench_gpu_workloads import Figures, Model, Workload
+from bench_process import Server, free_port, octavo_command, octavo_environ, running
 from bench_report import Sample, percentile, summarize
 from bench_serving import HttpError, Load, describe, gather, probe
 
-ROOT = Path(__file__).resolve().parent.parent
 WARMUP_OUTPUT_LEN = 48
 STEADY_WITHIN = 0.1  # of the steady throughput
-POLL_S = 0.02
-
-
-@dataclass
-class Server:
-    """A server process and what it wrote, each line with its time in seconds since the start of the process."""
-
-    process: subprocess.Popen[str]
-    base_url: str
-    started: float
-    lines: list[tuple[float, str]] = field(default_factory=list)
-
-    def wait_ready(self, time_limit_s: float) -> float:
-        """Seconds from exec to the first 200 of /health. Raises RuntimeError when the server ends or takes too long."""
-        host_and_port = self.base_url.removeprefix("http://")
-        while time.monotonic() - self.started < time_limit_s:
-            if self.process.poll() is not None:
-                raise RuntimeError(
-                    f"the server ended with {self.process.returncode}: {self.lines[-1][1] if self.lines else ''}"
-                )
-            connection = http.client.HTTPConnection(host_and_port, timeout=5)
-            try:
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return time.monotonic() - self.started
-            except (OSError, http.client.HTTPException):
-                pass  # not listening yet
-            finally:
-                connection.close()
-            time.sleep(POLL_S)
-        raise RuntimeError(f"the server was not ready after {time_limit_s:.0f} s")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @contextmanager
 def serving(folder: Path, name: str, server_args: Sequence[str], log: Path) -> Iterator[Server]:
-    """`octavo serve` on a free port, from this checkout, nothing installed; its log is kept in `log`."""
+    """`octavo serve` with random weights on a free port, from this checkout; its log is kept in `log`."""
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", str(folder), "--load-format", "dummy", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", name, *server_args]
-    environ = dict(os.environ)
-    environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH", "")]))
-    started = time.monotonic()
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        server = Server(process, f"http://127.0.0.1:{port}", started)
-        reader = threading.Thread(target=_keep_log, args=(server, log), daemon=True)
-        reader.start()
-        try:
-            yield server
-        finally:
-            _end(process)
-            reader.join(timeout=5)
-
-
-def _keep_log(server: Server, log: Path) -> None:
-    assert server.process.stderr is not None
-    with log.open("w", encoding="utf-8") as file:
-        for line in server.process.stderr:
-            at = time.monotonic() - server.started
-            server.lines.append((at, line.rstrip()))
-            file.write(f"{at:9.3f} {line}")
-            file.flush()
-
-
-def _end(process: subprocess.Popen[str], patience_s: float = 20) -> None:
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
+    command = [*octavo_command(str(folder), port, name), "--load-format", "dummy", *server_args]
+    with running(command, octavo_environ(), port, log) as server:
+        yield server
 
 
 def measure_model(

@@ -22,7 +22,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Load:
     ignore_eos: bool = True
     tokens_per_word: float = 1.0
     template_tokens: float = 0.0  # what the server adds to every prompt: the chat template, a BOS
+    extra_body: dict[str, Any] = field(default_factory=dict)  # further fields of every request
 
     def num_words(self) -> int:
         return max(1, round((self.input_len - self.template_tokens) / self.tokens_per_word))
@@ -176,6 +177,7 @@ def make_payload(load: Load, index: int) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    payload |= load.extra_body
     if load.ignore_eos:
         payload["ignore_eos"] = True
     if load.temperature > 0:
@@ -379,6 +381,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals; a repeated one meets a warm prefix cache")
     parser.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="further fields of every request")
     parser.add_argument("--processes", type=int, default=1, help="worker processes that send the requests")
     parser.add_argument("--warmup", type=int, default=0, help="requests sent first and not counted")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write workload and figures there")
