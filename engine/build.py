@@ -14,13 +14,16 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionNeeds, group_layers
 from engine.attention.choose import choose_backend
+from engine.attention.native import NativeBackend
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.fused_decoder import FusedDecoder
-from engine.fusion import fuse, quantize
+from engine.fusion import fuse, fuse_native, pack_linears, quantize
 from engine.host_memory import available_bytes
 from engine.kernels.compiler import compiling_ahead
+from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
+from engine.kernels.cpu_ops import Format
 from engine.kv_cache_manager import KVCacheManager
 from engine.memory_plan import (
     KVPlan,
@@ -38,6 +41,7 @@ from engine.model_files import resolve_model
 from engine.model_loader import LoadedModel, load_model, max_context, resolve_dtype
 from engine.model_runner import ModelRunner
 from engine.model_support import read_config
+from engine.native_decoder import NativeDecoder
 from engine.scheduler import Scheduler
 from engine.step import KVGroupSpec
 
@@ -148,7 +152,7 @@ def _build_runner(
     backend: AttentionBackend,
     num_groups: int,
     max_model_len: int,
-    fused: FusedDecoder | None,
+    fused: FusedDecoder | NativeDecoder | None,
 ) -> ModelRunner:
     return ModelRunner(
         loaded.model,
@@ -185,20 +189,40 @@ def _measure_free_bytes(
 
 def _fuse(
     config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend, max_model_len: int, limits: _Limits
-) -> FusedDecoder | None:
+) -> FusedDecoder | NativeDecoder | None:
     """The fused decoder, where device, backend and model have one, with its weights quantized if asked for."""
-    if not limits.on_gpu:
-        if config.model.quantization != "none":
-            raise ConfigError("quantization fp8 needs a GPU: leave it out on a CPU", param="quantization")
-        return None
+    quantization = config.model.quantization
     with torch.inference_mode():
+        if not limits.on_gpu:
+            return _fuse_on_cpu(loaded, backend, max_model_len, quantization)
         fused = fuse(loaded.model, loaded.layers, max_model_len) if hasattr(backend, "rotate_and_write") else None
-        if config.model.quantization == "fp8":
+        if quantization == "int8":
+            raise ConfigError("quantization int8 is for a CPU: on a GPU use fp8 or none", param="quantization")
+        if quantization == "fp8":
             try:
                 quantize(loaded.model, fused)
             except ValueError as error:
                 raise ConfigError(f"quantization fp8 cannot be used: {error}", param="quantization") from None
     return fused
+
+
+def _fuse_on_cpu(loaded: LoadedModel, backend: AttentionBackend, max_model_len: int, quantization: str) -> NativeDecoder | None:
+    """Pack the weights: of the whole decoder for the compiled kernels where they know it, else of every linear by itself."""
+    if quantization == "fp8":
+        raise ConfigError("quantization fp8 needs a GPU: on a CPU use int8 or none", param="quantization")
+    format: Format | None = None
+    if quantization == "int8":
+        format = "int8"
+    elif loaded.dtype in (torch.float32, torch.bfloat16):
+        format = "float32" if loaded.dtype == torch.float32 else "bfloat16"
+    if format is None:
+        return None
+    kernels = cpu_kernels() if unavailable_reason() is None else None
+    native = None
+    if kernels is not None and isinstance(backend, NativeBackend):
+        native = fuse_native(loaded.model, loaded.layers, max_model_len, kernels, backend, format)
+    pack_linears(loaded.model, kernels, format, head_only=native is not None)
+    return native
 
 
 def _build_core(

@@ -14,11 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.attention.base import LayerSpec
+from engine.attention.base import LayerSpec, RaggedBatch, group_layers
+from engine.attention.hf import StepAttention
+from engine.attention.native import NativeBackend
+from engine.attention.sdpa import SdpaBackend
 from engine.fused_decoder import ACTIVATIONS, DenseMlp, FusedDecoder, FusedLayer, Norm, RotaryTable, SparseMlp
 from engine.kernels.compiler import compiling_ahead
+from engine.kernels.cpu_ops import CpuKernels, Format
 from engine.kernels.skinny_linear import SkinnyDevice
 from engine.linear import Linear
+from engine.native_decoder import NativeDecoder, NativeLayer, layer_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,7 @@ KNOWN_LAYERS = frozenset(
     }
 )
 _PROBE_POSITIONS = (0, 1, 2, 7, 11, 40, 63, 100)
+_PROBE_TOKENS, _PROBE_PAGE = 24, 16  # of the comparison on a CPU: more than a page
 _MAX_ERROR = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 _TABLE_CHUNK = 8192
 
@@ -57,9 +63,7 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
     fused: list[FusedLayer] = []
     for module, spec in zip(decoder.layers, layers, strict=True):
         layer_type = _layer_type(decoder.config, spec.layer_index)
-        layer = _fuse_layer(
-            module, spec, tables.get(layer_type, tables[None] if None in tables else next(iter(tables.values())))
-        )
+        layer = _fuse_layer(module, spec, _table_of(tables, layer_type))
         for linear in layer.linears():
             linear.use_skinny(skinny)
         kind = (type(module.mlp).__name__, layer_type, spec.window, spec.has_sinks)
@@ -84,6 +88,51 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
         model.lm_head.use_skinny(skinny)
     logger.info("fused the %d layers of %s", len(fused), type(model).__name__)
     return FusedDecoder(decoder.embed_tokens, fused, Norm.of(decoder.norm))
+
+
+def fuse_native(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    max_model_len: int,
+    kernels: CpuKernels,
+    backend: NativeBackend,
+    format: Format,
+) -> NativeDecoder | None:
+    """`fuse` for a CPU: weights packed in `format`, and the originals' memory freed layer by layer: they work no more. Where it
+    gives None they still do."""
+    decoder: Any = getattr(model, str(model.base_model_prefix))
+    unknown = sorted({type(layer).__name__ for layer in decoder.layers} - KNOWN_LAYERS)
+    if unknown:
+        logger.info("%s runs as transformers has it: no fused form is known", ", ".join(unknown))
+        return None
+    tables = _rotary_tables(decoder, max(max_model_len, _PROBE_TOKENS))
+    merged: list[FusedLayer] = []
+    checked: set[tuple[object, ...]] = set()
+    for module, spec in zip(decoder.layers, layers, strict=True):
+        layer_type = _layer_type(decoder.config, spec.layer_index)
+        layer = _fuse_layer(module, spec, _table_of(tables, layer_type))
+        why = layer_obstacle(layer, format)
+        kind = (type(module.mlp).__name__, layer_type, spec.window, spec.has_sinks)
+        if why is None and kind not in checked:
+            checked.add(kind)
+            error = _native_difference(module, layer, decoder, layer_type, kernels)
+            if not error <= _MAX_ERROR[layer.qkv.weight.dtype]:
+                why = f"the fused layer {layer.index} differs by {error:.2g}"
+        if why is not None:
+            logger.warning("%s runs as transformers has it: %s", type(module).__name__, why)
+            return None
+        merged.append(layer)
+    packed = []
+    for layer in merged:
+        packed.append(NativeLayer(layer, kernels, backend, format))
+        for linear in layer.linears():
+            linear.release()
+    logger.info("packed the %d layers of %s in %s", len(packed), type(model).__name__, format)
+    return NativeDecoder(decoder.embed_tokens, packed, Norm.of(decoder.norm), kernels)
+
+
+def _table_of(tables: Mapping[str | None, RotaryTable], layer_type: str | None) -> RotaryTable:
+    return tables.get(layer_type, tables[None] if None in tables else next(iter(tables.values())))
 
 
 def _layer_type(config: Any, index: int) -> str | None:
@@ -209,6 +258,34 @@ def _difference(module: Any, layer: FusedLayer, decoder: Any, layer_type: str | 
     return float((actual - expected).norm() / expected.norm())
 
 
+def _native_difference(module: Any, layer: FusedLayer, decoder: Any, layer_type: str | None, kernels: CpuKernels) -> float:
+    """Relative error of the packed layer's output on random input, attention included, to the original over exact attention."""
+    weight, spec = layer.qkv.weight, layer.spec
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((_PROBE_TOKENS, weight.shape[1]), generator=generator).to(weight.dtype)
+    positions = torch.arange(_PROBE_TOKENS)
+    extra = (layer_type,) if isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict) else ()
+    groups = group_layers([spec], _PROBE_PAGE, weight.dtype.itemsize)
+    batch = RaggedBatch([_PROBE_TOKENS], [0], ([[1, 2]],))
+    exact = SdpaBackend([spec], groups, _PROBE_PAGE, weight.dtype, torch.device("cpu"))
+    native = NativeBackend([spec], groups, _PROBE_PAGE, weight.dtype, torch.device("cpu"), kernels=kernels)
+    exact.allocate([2])
+    native.allocate([2])
+    expected: Any = module(
+        hidden[None].clone(),
+        position_ids=positions[None],
+        position_embeddings=decoder.rotary_emb(hidden[None], positions[None], *extra),
+        attention_mask=None,
+        use_cache=False,
+        paged_attention=StepAttention.of(exact, batch),
+    )
+    expected = (expected[0] if isinstance(expected, tuple) else expected)[0].float()
+    packed = NativeLayer(layer, kernels, native, "float32" if weight.dtype == torch.float32 else "bfloat16")
+    residual = hidden.float()
+    actual = NativeDecoder(decoder.embed_tokens, [packed], None, kernels).run(residual.clone(), native.prepare(batch))
+    return float((actual - expected).norm() / expected.norm())
+
+
 def quantize(model: nn.Module, fused: FusedDecoder | None) -> None:
     """Turn the weights of the decoder's linears into FP8, one after another. Embeddings, head, norms and experts that are no
     linears stay as they are."""
@@ -221,3 +298,13 @@ def quantize(model: nn.Module, fused: FusedDecoder | None) -> None:
     linears = [module for module in decoder.modules() if isinstance(module, Linear)] if fused is None else fused.linears()
     for linear in linears:
         linear.quantize()
+
+
+def pack_linears(model: nn.Module, kernels: CpuKernels | None, format: Format, *, head_only: bool) -> None:
+    """Pack the linears of a model on a CPU as they are, unmerged, and its head; or the head alone. Embeddings stay."""
+    for parent in [model] if head_only else list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                linear = Linear.from_linear(child, name)
+                linear.pack(kernels, format)
+                setattr(parent, name, linear)

@@ -24,6 +24,7 @@ from engine.fused_decoder import Activations, FusedDecoder
 from engine.input_batch import InputBatch, IntArray, StepInputs
 from engine.kernels.sampling import SamplingWorkspace, sample_tokens
 from engine.memory_plan import MAX_GRAPH_TOKENS, graph_batch_sizes, graph_token_counts
+from engine.native_decoder import NativeDecoder
 from engine.sampler import LogprobsTensors, compute_logprobs, sample
 from engine.sampling_params import SamplingParams
 from engine.split_model import SplitModel
@@ -73,7 +74,7 @@ class ModelRunner:
         max_model_len: int,
         block_size: int,
         device: torch.device,
-        fused: FusedDecoder | None = None,
+        fused: FusedDecoder | NativeDecoder | None = None,
         on_device: bool = False,
         use_graphs: bool = False,
     ) -> None:
@@ -99,7 +100,7 @@ class ModelRunner:
         self._token_buckets = graph_token_counts()
         self._graphs = CudaGraphs(device) if use_graphs and on_device and backend.graphs else None
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._static = Activations.zeros(MAX_GRAPH_TOKENS, fused.layers[0]) if fused is not None else None
+        self._static = Activations.zeros(MAX_GRAPH_TOKENS, fused.layers[0]) if isinstance(fused, FusedDecoder) else None
         if on_device:
             dtype = next(model.parameters()).dtype
             self._logits = torch.empty(max_num_seqs, vocab_size, dtype=dtype, device=device)
@@ -191,7 +192,7 @@ class ModelRunner:
     def _run_in_pieces(self, attention: StepAttention, bucket: int, num_tokens: int) -> torch.Tensor:
         """Final hidden states [num_tokens, E] of the tokens in the feed's static memory."""
         fused, feed, static = self._model.fused, self._batch.feed, self._static
-        assert fused is not None and feed is not None and static is not None
+        assert isinstance(fused, FusedDecoder) and feed is not None and static is not None
         input_ids, positions, token_slots = feed.tokens(bucket)
         fused.run(
             lambda: feed.resolve_ids(input_ids, token_slots),
@@ -323,7 +324,7 @@ class ModelRunner:
             if ("decode", bucket) not in graphs:
                 self._run_padding(bucket)
                 return len(graphs) > num_captured
-        if self._static is not None and self._model.fused is not None:
+        if self._static is not None and isinstance(self._model.fused, FusedDecoder):
             last = len(self._model.fused.layers)
             for bucket in self._token_buckets:
                 if ("piece", bucket, last) not in graphs:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from engine.attention.hf import StepAttention
 from engine.fused_decoder import FusedDecoder
+from engine.native_decoder import NativeDecoder
 
 
 class _GivenHiddenStates(nn.Module):
@@ -28,7 +29,7 @@ class SplitModel:
     fused: stands for the decoder where there is one.
     """
 
-    def __init__(self, model: nn.Module, vocab_size: int, fused: FusedDecoder | None = None) -> None:
+    def __init__(self, model: nn.Module, vocab_size: int, fused: FusedDecoder | NativeDecoder | None = None) -> None:
         prefix = str(model.base_model_prefix)
         self._decoder = getattr(model, prefix)
         self._head = copy.copy(model)

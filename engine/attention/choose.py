@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 
 BACKENDS = {
     "sdpa": "engine.attention.sdpa:SdpaBackend",
+    "native": "engine.attention.native:NativeBackend",
     "triton": "engine.attention.triton:TritonBackend",
     "flash_attention": "engine.attention.flash_attention:FlashAttentionBackend",
     "cudnn": "engine.attention.cudnn:CudnnBackend",
@@ -24,7 +25,10 @@ _PREFERRED_ON_CUDA = {
     "torch_varlen": "FlashAttention-3 by way of torch",
     "sdpa": "correct everywhere, and slow: it gathers each row's pages",
 }
-_PREFERRED_ELSEWHERE = {"sdpa": "each row's pages through scaled_dot_product_attention, exact in every dtype"}
+_PREFERRED_ELSEWHERE = {
+    "native": "our own kernels, which read pages where they lie",
+    "sdpa": "each row's pages through scaled_dot_product_attention, exact in every dtype",
+}
 
 
 def choose_backend(requested: str, needs: AttentionNeeds) -> tuple[type[AttentionBackend], str]:

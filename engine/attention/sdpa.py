@@ -7,7 +7,6 @@ past its own length, so that what another request left in a page never enters a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionNeeds, LayerSpec, RaggedBatch
+from engine.attention.pages import zeros
 from engine.step import KVGroupSpec
 
 _MAX_SCORES = 1 << 24  # scores of a row materialised at once (heads x queries x keys); the softcap and sink path slices to it
@@ -82,7 +82,7 @@ class SdpaBackend:
         for group, count in zip(self._groups, num_blocks, strict=True):
             shape = (2, group.num_kv_heads, count + 1, self._block_size, group.head_dim)
             for index in group.layer_indices:
-                self._pages[index] = _zeros(shape, self._dtype, self._device)
+                self._pages[index] = zeros(shape, self._dtype, self._device)
 
     def prepare(self, batch: RaggedBatch) -> tuple[_GroupStep, ...]:
         """Slots, pages and masks of every row, by KV group."""
@@ -182,15 +182,6 @@ class SdpaBackend:
             for index in group.layer_indices:
                 pages = self._pages[index]
                 pages.index_copy_(2, targets, pages.index_select(2, sources))
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeroed memory. On a CPU the system hands it out untouched, page by page as it is first written, so that starting takes
-    no time for it and a server that is hardly used stays small (torch.zeros would write all of it now)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _attend(layer: LayerSpec, row: _Row, q_KGQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor) -> torch.Tensor:
