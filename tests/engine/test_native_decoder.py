@@ -33,7 +33,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> LoadedM
 
 
 def logits(loaded: LoadedModel, format: Format | None) -> torch.Tensor:
-    """Of all tokens of three sequences, through the kernels in this format; None: as transformers and exact attention have it."""
+    """Of all tokens of three sequences, through the kernels in this format; None: as transformers has it, attention exact."""
     layers, model = loaded.layers, loaded.model
     groups = group_layers(layers, 16, loaded.dtype.itemsize)
     backend = (SdpaBackend if format is None else NativeBackend)(layers, groups, 16, loaded.dtype, CPU)
