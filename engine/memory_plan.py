@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,9 +211,10 @@ class ModelShape:
         except (TypeError, ValueError) as error:
             raise ModelLoadError(f"config.json holds a size that is no number ({error}): mend it") from error
 
-    def weight_bytes(self, bytes_per_element: int, linear_bytes: int | None = None) -> int:
+    def weight_bytes(self, bytes_per_element: int, linear_bytes: int | None = None, *, packs_head: bool = False) -> int:
         """Of all weights, biases left out. linear_bytes: of an element of the layers' linears, where these are quantized
-        (embeddings, head, norms, routers and experts are not); each row then has a float32 scale as well."""
+        (embeddings, head, norms, routers and experts are not); each row then has a float32 scale as well. packs_head: the head
+        is packed as the linears are, and so has memory of its own even where it is tied to the embeddings."""
         hidden, q_width, kv_width = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         dense_layers = self.num_layers - self.num_expert_layers
         linears = self.num_layers * hidden * 2 * (q_width + kv_width) + 3 * hidden * (
@@ -221,7 +222,12 @@ class ModelShape:
         )
         rows = self.num_layers * (q_width + 2 * kv_width + hidden) + dense_layers * (2 * self.intermediate_size + hidden)
         experts = self.num_expert_layers * self.num_experts * hidden * (3 * self.expert_size + 1)
-        others = (1 if self.is_tied else 2) * self.vocab_size * hidden + (2 * self.num_layers + 1) * hidden + experts
+        table = self.vocab_size * hidden
+        others = table + (2 * self.num_layers + 1) * hidden + experts
+        if packs_head:
+            linears, rows = linears + table, rows + self.vocab_size
+        elif not self.is_tied:
+            others += table
         if linear_bytes is None:
             return (linears + others) * bytes_per_element
         return linears * linear_bytes + 4 * rows + others * bytes_per_element
@@ -303,13 +309,13 @@ def model_context(hf_config: Mapping[str, Any]) -> int:
 
 
 def weights_of(
-    folder: Path, shape: ModelShape, *, load_format: str, quantization: str, bytes_per_element: int
+    folder: Path, shape: ModelShape, *, load_format: str, quantization: str, bytes_per_element: int, packs_head: bool = False
 ) -> tuple[int, bool]:
     """(bytes of the weights as they will be kept, whether that is by the configuration's sizes alone): by the files' headers
-    where there are files to load, and for random weights by the sizes."""
-    linear_bytes = 1 if quantization == "fp8" else None
-    stored = None if load_format == "dummy" else estimate_weight_bytes(folder, bytes_per_element, linear_bytes)
-    return (shape.weight_bytes(bytes_per_element, linear_bytes), True) if stored is None else (stored, False)
+    where there are files to load, and for random weights by the sizes. packs_head: as it is done on a CPU."""
+    widths = bytes_per_element, None if quantization == "none" else 1
+    stored = None if load_format == "dummy" else estimate_weight_bytes(folder, *widths, packs_head=packs_head)
+    return (shape.weight_bytes(*widths, packs_head=packs_head), True) if stored is None else (stored, False)
 
 
 def bytes_for_pages(
@@ -364,31 +370,46 @@ def _layer_types(config: Mapping[str, Any], num_layers: int, window: int | None)
     return ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
 
 
-def estimate_weight_bytes(folder: Path, bytes_per_element: int, linear_bytes: int | None = None) -> int | None:
+def estimate_weight_bytes(
+    folder: Path, bytes_per_element: int, linear_bytes: int | None = None, *, packs_head: bool = False
+) -> int | None:
     """Bytes of a folder's safetensors weights once floating point is cast to bytes_per_element; None where there are none.
 
-    linear_bytes: of an element of the layers' linears, where these are quantized, each row then with a float32 scale. Reads the
-    files' headers only (an 8-byte length, then JSON: https://huggingface.co/docs/safetensors). MXFP4 blocks count as the two
-    values that each byte unpacks to. Raises ModelLoadError for a header that cannot be read.
+    linear_bytes, packs_head: see ModelShape.weight_bytes. Reads the files' headers only (an 8-byte length, then JSON:
+    https://huggingface.co/docs/safetensors). MXFP4 blocks count as the two values that each byte unpacks to. Raises
+    ModelLoadError for a header that cannot be read.
     """
-    total, paths = 0, sorted(folder.glob("*.safetensors"))
-    for path in paths:
+    shapes = dict(_stored_tensors(folder))
+    if not shapes:
+        return None
+    if packs_head and "lm_head.weight" not in shapes:
+        table = next((tensor for name, tensor in shapes.items() if name.endswith("embed_tokens.weight")), None)
+        if table is not None:
+            shapes["lm_head.weight"] = table
+    total = 0
+    for name, (dtype, shape) in shapes.items():
+        count, is_float = math.prod(shape), dtype in _FLOAT_BYTES
+        is_linear = _is_linear(name, shape) or (packs_head and name == "lm_head.weight")
+        if linear_bytes is not None and is_float and is_linear:
+            total += count * linear_bytes + 4 * shape[0]
+        elif dtype == "U8" and name.endswith("_blocks"):
+            total += 2 * count * bytes_per_element
+        else:
+            total += count * (bytes_per_element if is_float else _OTHER_BYTES.get(dtype, 1))
+    return total
+
+
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, tuple[str, list[int]]]]:
+    """Name, and dtype and shape, of all tensors in a folder's safetensors files. Raises ModelLoadError."""
+    for path in sorted(folder.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
                 header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
             for name, tensor in header.items():
                 if name != "__metadata__":
-                    count = math.prod(tensor["shape"])
-                    is_packed = tensor["dtype"] == "U8" and name.endswith("_blocks")
-                    is_float = tensor["dtype"] in _FLOAT_BYTES
-                    width = bytes_per_element if is_float else _OTHER_BYTES.get(tensor["dtype"], 1)
-                    if linear_bytes is not None and is_float and _is_linear(name, tensor["shape"]):
-                        total += count * linear_bytes + 4 * tensor["shape"][0]
-                    else:
-                        total += 2 * count * bytes_per_element if is_packed else count * width
-        except (OSError, ValueError, KeyError, TypeError, MemoryError, OverflowError) as error:
+                    yield name, (str(tensor["dtype"]), [int(size) for size in tensor["shape"]])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as error:
             raise ModelLoadError(f"{path} is no readable safetensors file ({error}): fetch it again") from error
-    return total if paths else None
 
 
 def _is_linear(name: str, shape: Sequence[int]) -> bool:

@@ -91,7 +91,9 @@ class ServerConfig(BaseModel):
     download_dir: str | None = _setting(None, "model", "where downloads go; by default the user's cache")
     dtype: str = _setting("auto", "model", f"{', '.join(DTYPES)}")
     load_format: str = _setting("auto", "model", f"{', '.join(LOAD_FORMATS)} (dummy: random weights)")
-    quantization: str = _setting("none", "model", f"{', '.join(QUANTIZATIONS)} (fp8: the layers' weights, while loading)")
+    quantization: str = _setting(
+        "none", "model", f"{', '.join(QUANTIZATIONS)} (weights and activations: fp8 on a GPU, int8 on a CPU)"
+    )
     max_model_len: Count | None = _setting(
         None, "model", "context in tokens (8k = 8000, 8K = 8192); default: the largest that fits"
     )

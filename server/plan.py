@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, check_quantization
 from engine.errors import ConfigError, ModelLoadError
 from engine.host_memory import available_bytes
 from engine.memory_plan import (
@@ -54,7 +54,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is said. weights_at_load: before they are quantized, for a moment. kv: None where it does not fit, and
+    """All that is said. weights_at_load: before they are quantized or packed, for a moment. kv: None where it does not fit, and
     `problem` says why. requests: (length, how many of that length the pages hold), longest first."""
 
     config: EngineConfig
@@ -149,7 +149,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def make_plan(config: EngineConfig, device: Device, folder: Path, hf_config: Mapping[str, Any]) -> Plan:
-    """Raises ModelLoadError where config.json does not state the sizes."""
+    """Raises ModelLoadError where config.json does not state the sizes, ConfigError for a quantization of other devices."""
+    check_quantization(config.model.quantization, on_gpu=device.on_gpu)
     shape = ModelShape.of(hf_config)
     dtype = _dtype(config.model.dtype, device, hf_config)
     width = DTYPE_BYTES[dtype]
@@ -157,7 +158,9 @@ def make_plan(config: EngineConfig, device: Device, folder: Path, hf_config: Map
     max_num_seqs = scheduler.max_num_seqs or (256 if device.on_gpu else 32)
     max_tokens = scheduler.max_num_batched_tokens or max(8192 if device.on_gpu else 512, max_num_seqs)
     source: dict[str, Any] = {"load_format": config.model.load_format, "bytes_per_element": width}
-    weights, is_estimate = weights_of(folder, shape, quantization=config.model.quantization, **source)
+    weights, is_estimate = weights_of(
+        folder, shape, quantization=config.model.quantization, packs_head=not device.on_gpu, **source
+    )
     weights_at_load, _ = weights_of(folder, shape, quantization="none", **source)
     activations = activation_bytes(shape, max_num_batched_tokens=max_tokens, max_num_seqs=max_num_seqs, bytes_per_element=width)
     has_graphs = device.on_gpu and config.cuda_graphs
@@ -245,7 +248,7 @@ def describe(plan: Plan) -> str:
     """The table of parts, and how many requests of which length the pages hold."""
     config, device = plan.config, plan.device
     share = f", of which Octavo may take {_gb(plan.usable_bytes)}" if device.on_gpu else f", {_gb(device.free_bytes)} free"
-    quantized = " with FP8 weights" if config.model.quantization == "fp8" else ""
+    quantized = {"fp8": " with FP8 weights", "int8": " with int8 weights"}.get(config.model.quantization, "")
     title = f"{config.model.model}: {plan.shape.num_layers} layers in {plan.dtype}{quantized}"
     step = (
         f"a step of {plan.max_num_batched_tokens:,} tokens (--max-num-batched-tokens), logits of {plan.max_num_seqs} sequences"
@@ -324,6 +327,8 @@ def _changes(plan: Plan) -> Iterator[tuple[str, Callable[[EngineConfig], EngineC
         yield "--cpu-memory-share 0.8", setting("cache", cpu_memory_share=0.8)
     if plan.dtype == "float32":
         yield "--dtype bfloat16", setting("model", dtype="bfloat16")
+    if config.model.quantization == "none":
+        yield "--quantization int8", setting("model", quantization="int8")
 
 
 def _gb(num_bytes: int) -> str:

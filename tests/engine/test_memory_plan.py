@@ -176,6 +176,15 @@ def test_quantized_linears_are_counted_by_their_names(tmp_path: Path) -> None:
     write_header(tmp_path / "a.safetensors", {name: {"dtype": "BF16", "shape": [10, 4]} for name in names})
     assert estimate_weight_bytes(tmp_path, 2) == 5 * 80
     assert estimate_weight_bytes(tmp_path, 2, 1) == 4 * 80 + 40 + 4 * 10
+    assert estimate_weight_bytes(tmp_path, 2, packs_head=True) == 5 * 80
+    assert estimate_weight_bytes(tmp_path, 2, 1, packs_head=True) == 3 * 80 + 2 * (40 + 4 * 10)
+
+
+def test_a_packed_head_is_the_embeddings_once_more_where_files_hold_none(tmp_path: Path) -> None:
+    write_header(tmp_path / "a.safetensors", {"model.embed_tokens.weight": {"dtype": "F32", "shape": [10, 4]}})
+    assert estimate_weight_bytes(tmp_path, 2) == 80
+    assert estimate_weight_bytes(tmp_path, 2, packs_head=True) == 160
+    assert estimate_weight_bytes(tmp_path, 2, 1, packs_head=True) == 80 + 40 + 4 * 10
 
 
 @pytest.mark.parametrize(
@@ -190,7 +199,15 @@ def test_weights_by_the_configuration_s_sizes(name: str, count: int, left_out: i
         2 * (count - left_out),
         True,
     )
-    assert weights_of(tmp_path, shape, load_format="dummy", quantization="fp8", bytes_per_element=2)[0] < 2 * count
+    fp8, int8 = (
+        weights_of(tmp_path, shape, load_format="dummy", quantization=quantization, bytes_per_element=2, packs_head=packs_head)
+        for quantization, packs_head in (("fp8", False), ("int8", True))
+    )
+    assert fp8[0] < 2 * count
+    head = shape.vocab_size * shape.hidden_size
+    dense = shape.weight_bytes(2, packs_head=True)
+    assert dense == shape.weight_bytes(2) + (2 * head if shape.is_tied else 0)
+    assert int8[0] == fp8[0] + (head if shape.is_tied else -head) + 4 * shape.vocab_size
 
 
 def test_sizes_as_families_write_them() -> None:

@@ -51,6 +51,8 @@ def test_every_shipped_file_and_every_default_is_valid() -> None:
         (["--max-model-len", "1.0001K"], {}, ["--max-model-len", "1.0001K"]),
         (["one", "two"], {}, ["unknown argument two"]),
         (["one", "--model", "two"], {}, ["two models", "one", "two"]),
+        (["--quantization", "int8", "--device", "cuda"], {}, ["--quantization", "int8 is for a CPU", "fp8 or none"]),
+        (["--device", "cpu"], {"OCTAVO_QUANTIZATION": "fp8"}, ["OCTAVO_QUANTIZATION", "needs a GPU", "int8 or none"]),
         (["--config", "/no/such.yaml"], {}, ["/no/such.yaml", "No such file"]),
     ],
 )

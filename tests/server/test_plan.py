@@ -58,6 +58,23 @@ def test_fp8_changes_the_arithmetic(models: Path, capsys: pytest.CaptureFixture[
     assert re.search(r"weights +60\.16 GB", text)  # experts are no linears
 
 
+def test_int8_changes_the_arithmetic_of_a_cpu(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--memory", "16G", "--device", "cpu", "--dtype", "bfloat16"]
+    _, text = planned(capsys, models / "llama-3.2-1b", *flags)
+    assert re.search(r"weights +3\.00 GB", text)  # 1.24 billion parameters, and the tied head once more
+    _, text = planned(capsys, models / "llama-3.2-1b", *flags, "--quantization", "int8")
+    assert re.search(r"weights +1\.76 GB", text) and "in bfloat16 with int8 weights" in text
+
+
+def test_a_quantization_of_other_devices_is_refused(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, sentence in (
+        (["--memory", "80G", "--quantization", "int8"], "int8 is for a CPU: on a GPU use fp8 or none"),
+        (["--device", "cpu", "--quantization", "fp8"], "fp8 needs a GPU: on a CPU use int8 or none"),
+    ):
+        assert run(["plan", str(models / "llama-3.2-1b"), *flags]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "sentence"),
     [
