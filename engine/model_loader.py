@@ -24,7 +24,7 @@ from engine.config import ModelConfig
 from engine.errors import ModelLoadError, ModelNotSupported
 from engine.model_files import Report, resolve_model
 from engine.model_support import check_supported, read_config
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import read_eos_token_ids
 
 __all__ = [
     "LoadedModel",
@@ -223,7 +223,7 @@ def _fix_frequencies(
 
 
 def _eos_token_ids(folder: Path, config: PretrainedConfig) -> list[int]:
-    ids = set(Tokenizer.load(folder).eos_token_ids) if (folder / "tokenizer.json").is_file() else set()
+    ids = set(read_eos_token_ids(folder)) if (folder / "tokenizer.json").is_file() else set()
     value = getattr(config, "eos_token_id", None)
     ids.update(value if isinstance(value, list) else [] if value is None else [value])
     return sorted(ids)

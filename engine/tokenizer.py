@@ -8,10 +8,11 @@ tokenizer.json alone, whatever `add_bos_token` in tokenizer_config.json says.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tokenizers
 from tokenizers import AddedToken
 
@@ -25,6 +26,17 @@ SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
 _RENDER_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"})
+
+
+class _OwnToken(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _OwnTokens(msgspec.Struct):
+    """What of tokenizer.json is read where the vocabulary is not needed."""
+
+    added_tokens: list[_OwnToken] = []
 
 
 class Tokenizer:
@@ -65,7 +77,7 @@ class Tokenizer:
         return cls(
             backend,
             special_tokens=special_tokens,
-            eos_token_ids=_eos_token_ids(folder, backend, special_tokens),
+            eos_token_ids=_eos_token_ids(folder, backend.token_to_id, special_tokens),
             chat_templates=templates,
         )
 
@@ -193,6 +205,24 @@ class Tokenizer:
         return Detokenizer(source, stop=stop, include_stop_str_in_output=include_stop_str_in_output, min_tokens=min_tokens)
 
 
+def read_eos_token_ids(folder: Path) -> frozenset[int]:
+    """`Tokenizer.load(folder).eos_token_ids`, in a tenth of its time where the tokenizer's own is among its added tokens.
+
+    Raises ModelLoadError as that does.
+    """
+    config = _read_json(folder / "tokenizer_config.json")
+    special_tokens = _special_tokens(config, _read_json(folder / "special_tokens_map.json"))
+    try:
+        own = msgspec.json.decode((folder / "tokenizer.json").read_bytes(), type=_OwnTokens).added_tokens
+    except (OSError, msgspec.MsgspecError):
+        return Tokenizer.load(folder).eos_token_ids  # or what is wrong with the file
+    ids = {token.content: token.id for token in own}
+    eos_token = special_tokens.get("eos_token")
+    if eos_token is not None and eos_token not in ids:
+        return Tokenizer.load(folder).eos_token_ids
+    return _eos_token_ids(folder, ids.get, special_tokens)
+
+
 def _load_backend(folder: Path) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -250,7 +280,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any], specia
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in known])
 
 
-def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> frozenset[int]:
+def _eos_token_ids(folder: Path, token_to_id: Callable[[str], int | None], special_tokens: Mapping[str, str]) -> frozenset[int]:
     config = _read_json(folder / "config.json")
     text_config = config.get("text_config")
     generation_config = _read_json(folder / "generation_config.json")
@@ -259,7 +289,7 @@ def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: 
         value = source.get("eos_token_id") if isinstance(source, dict) else None
         values = value if isinstance(value, list) else [value]
         ids.update(token_id for token_id in values if isinstance(token_id, int) and token_id >= 0)
-    own = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
+    own = token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
     return frozenset(ids if own is None else {*ids, own})
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ConfigError, InvalidRequest, ModelLoadError
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Tokenizer, read_eos_token_ids
 from tests.tokenizers_in_the_manner_of import (
     BUILDERS,
     QWEN3_TEMPLATE,
@@ -64,6 +64,22 @@ def test_encode_adds_nothing_where_the_model_wants_nothing(tokenizers: dict[str,
 def test_stop_tokens_are_the_union_of_all_files(tokenizers: dict[str, Tokenizer], name: str, stops: set[str]) -> None:
     tokenizer = tokenizers[name]
     assert {tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids} == stops
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_stop_tokens_without_the_vocabulary_are_the_same(tmp_path: Path, name: str) -> None:
+    folder = BUILDERS[name](tmp_path)
+    assert read_eos_token_ids(folder) == Tokenizer.load(folder).eos_token_ids
+
+
+def test_a_stop_token_that_only_the_vocabulary_has(tmp_path: Path) -> None:
+    folder = write_qwen3(tmp_path)
+    word = next(iter(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": word}))
+    whole = Tokenizer.load(folder)
+    assert word in {whole.token_text(token_id) for token_id in whole.eos_token_ids}
+    assert read_eos_token_ids(folder) == whole.eos_token_ids
 
 
 def test_same_ids_as_transformers(tmp_path: Path) -> None:
@@ -157,6 +173,11 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.load(folder)
+    (folder / "generation_config.json").unlink()
+    for broken in ("{", '{"added_tokens": 1}'):
+        (folder / "tokenizer.json").write_text(broken)
+        with pytest.raises(ModelLoadError, match=r"tokenizer\.json cannot be read"):
+            read_eos_token_ids(folder)
 
 
 def test_given_chat_template_is_text_or_a_path(tmp_path: Path) -> None:
