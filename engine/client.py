@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "failed", "stopping"]
 
+CONNECT_AGAIN_MS = 10  # the engine binds its address a moment after it was started, and loads once it has heard of us
+
 # Messages taken in before the streams get to write: as many steps go into one event of a frontend that is behind.
 MAX_MESSAGES_A_TURN = 16
 
@@ -265,6 +267,7 @@ class EngineClient:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, CONNECT_AGAIN_MS)
         self._socket.connect(self._supervisor.address)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._read)

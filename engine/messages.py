@@ -33,10 +33,11 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
 class Launch(msgspec.Struct, frozen=True):
     """What the parent writes to the engine's stdin, one line of JSON. address: the ZMQ endpoint to bind; epoch: which life of
-    the engine this is, counted by the supervisor."""
+    the engine this is, counted by the supervisor; started_s: time.monotonic(), which all processes share, at its start."""
 
     address: str
     epoch: int
+    started_s: float
     config: EngineConfig
 
 

@@ -189,6 +189,7 @@ def run(build_engine: BuildEngine) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     name_process("octavo: engine")
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
+    python_s = time.monotonic() - launch.started_s
     end_with_parent(sys.stdin.fileno())
     socket = FrontendSocket(launch.address)
     while not socket.frontends:
@@ -208,21 +209,41 @@ def run(build_engine: BuildEngine) -> int:
         socket.broadcast(EngineFailed(ErrorInfo.of(ModelLoadError(sentence))))
         socket.close()
         raise
-    # What is loaded stays: torch and transformers alone are 360,000 objects, and a collection that looks at them all takes a
-    # quarter of a second in the middle of somebody's tokens.
+    # What is loaded stays, and is not to be looked at in the middle of somebody's tokens.
     gc.collect()
     gc.freeze()
     gc.enable()
-    socket.broadcast(ready)
+    socket.broadcast(_with_phases(ready, {"python": python_s}))
     EngineLoop(core, socket, launch.epoch).run()
     socket.close()
     return 0
 
 
+def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, EngineReady]:
+    """engine.build's, with what it imports: late, so that the process already listens and watches its parent."""
+    report("import", "torch and transformers", None)
+    started_s = time.monotonic()
+    import torch  # noqa: F401 (to know its share)
+
+    torch_s = time.monotonic() - started_s
+    from engine.transformers_import import import_transformers
+
+    import_transformers()
+    from engine.build import build_engine as build
+
+    # 360,000 objects that stay: a collection that looks at them all takes a quarter of a second.
+    gc.freeze()
+    phases = {"import torch": torch_s, "import transformers": time.monotonic() - started_s - torch_s}
+    core, ready = build(config, report)
+    return core, _with_phases(ready, phases)
+
+
+def _with_phases(ready: EngineReady, earlier: dict[str, float]) -> EngineReady:
+    seconds = {name: round(value, 3) for name, value in earlier.items()}
+    return msgspec.structs.replace(ready, load_seconds={**seconds, **ready.load_seconds})
+
+
 if __name__ == "__main__":
     gc.disable()  # until everything is loaded: importing makes several hundred thousand objects that stay
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-    # Imported here so that the process listens, and watches its parent, before torch is loaded.
-    from engine.build import build_engine as build
-
-    sys.exit(run(build))
+    sys.exit(run(build_engine))

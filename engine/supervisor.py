@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,6 +50,7 @@ class Supervisor:
         """Start the engine. It inherits stderr, and reads its configuration from stdin, which stays open while we live."""
         self.epoch += 1
         root = str(Path(__file__).parent.parent)
+        started_s = time.monotonic()
         python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -58,7 +60,7 @@ class Supervisor:
         )
         self._process = process
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(Launch(self.address, self.epoch, self._config)) + b"\n")
+        process.stdin.write(msgspec.json.encode(Launch(self.address, self.epoch, started_s, self._config)) + b"\n")
         await process.stdin.drain()
         self._watch = asyncio.create_task(self._wait(process, on_exit))
 

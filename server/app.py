@@ -1,9 +1,12 @@
-"""create_app: the HTTP application around an engine client that somebody else starts and ends."""
+"""The HTTP application around an engine client that somebody else starts and ends, and the server that serves it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
@@ -56,3 +59,26 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 operation["requestBody"] = {"required": True, "content": content}
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to others: uvicorn raises a caught one again after its drain, and the exit code would be -15."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def create_server(client: EngineClient, config: ServerConfig) -> uvicorn.Server:
+    """The application behind uvicorn: `serve` with a listening socket, and set `should_exit` for an orderly end."""
+    return _Server(
+        uvicorn.Config(
+            create_app(client, config),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import gc
 import logging
@@ -11,20 +10,19 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Generator, Sequence
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
+import psutil
 import setproctitle
-import uvicorn
 import uvloop
 
 from engine.client import EngineClient
 from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.messages import EngineReady, LoadProgress
 from engine.supervisor import Supervisor
-from server.api.health import VERSION, curl_command
-from server.app import create_app
 from server.config import ServerConfig, load_config
-from server.plan import run_plan
 
 logger = logging.getLogger("octavo.server")
 
@@ -45,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
     """One command; returns the exit code."""
     match argv:
         case ["--version" | "-V"]:
+            from server.api.health import VERSION
+
             print(f"octavo {VERSION}")
             return 0
         case ["--help" | "-h"]:
@@ -75,6 +75,8 @@ def _serve(argv: Sequence[str]) -> int:
 
 
 def _plan(argv: Sequence[str]) -> int:
+    from server.plan import run_plan
+
     try:
         return run_plan(argv, os.environ)
     except ConfigError as error:
@@ -112,14 +114,6 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(message) from None
 
 
-class _Server(uvicorn.Server):
-    """Leaves the signals to us: uvicorn raises a caught one again after its drain, and the exit code would be -15."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
-
-
 class _Service:
     """One run of `octavo serve`: socket, engine and HTTP server, from start to exit code."""
 
@@ -131,32 +125,28 @@ class _Service:
         self._base_url = _base_url(sock)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._server = _Server(
-            uvicorn.Config(
-                create_app(self._client, config),
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-            )
-        )
 
     async def run(self) -> int:
         """Serves until a signal or the engine's end. Raises what kept the engine from starting, or ended it."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        serving = asyncio.create_task(self._server.serve(sockets=[self._sock]))
-        engine = asyncio.create_task(self._run_engine())
+        before_s = _age_s()
+        logger.info("start the engine process: %s", self._config.model)
+        await self._client.start()
+        # The engine is seconds from ready, so it goes first: what HTTP needs is imported beside its own imports.
+        from server.app import create_server
+
+        server = create_server(self._client, self._config)
+        serving = asyncio.create_task(server.serve(sockets=[self._sock]))
+        engine = asyncio.create_task(self._watch_engine(before_s))
         stop = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({serving, engine, stop}, return_when=asyncio.FIRST_COMPLETED)
             if engine.done():
                 engine.result()
         finally:
-            self._server.should_exit = True
+            server.should_exit = True
             engine.cancel()
             await self._drain(serving)
             stop.cancel()
@@ -182,11 +172,10 @@ class _Service:
         logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")
         self._stop.set()
 
-    async def _run_engine(self) -> None:
-        """Starts the engine and watches it. Never returns; raises what ended the engine, or kept it from starting."""
-        logger.info("start the engine process: %s", self._config.model)
-        await self._client.start()
+    async def _watch_engine(self, before_s: float) -> None:
+        """Never returns; raises what ended the engine, or kept it from starting. before_s: from the command to its start."""
         ready = await self._client.wait_until_ready()
+        self._log_phases(ready, before_s)
         # What is loaded stays, and tokens leave little behind: a full collection would hold up every stream for nothing.
         gc.collect()
         gc.freeze()
@@ -196,7 +185,16 @@ class _Service:
             await asyncio.sleep(STATE_POLL_S)
         raise self._client.failure or EngineUnavailable("the engine ended unexpectedly")
 
+    def _log_phases(self, ready: EngineReady, before_s: float) -> None:
+        """Where the time went, from the command on (a shell that became this process counts)."""
+        total_s = _age_s()
+        phases = {"frontend": before_s, **ready.load_seconds}
+        phases["other"] = max(0.0, total_s - sum(phases.values()))
+        logger.info("ready after %.1f s: %s", total_s, ", ".join(f"{name} {value:.1f} s" for name, value in phases.items()))
+
     def _print_ready(self, ready: EngineReady) -> None:
+        from server.api.health import curl_command
+
         for note in ready.notes:
             logger.info("%s", note)
         curl = curl_command(self._client, self._config, self._base_url)
@@ -204,6 +202,15 @@ class _Service:
         print(
             f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {curl}", file=sys.stderr, flush=True
         )
+
+
+def _age_s() -> float:
+    """Since this process was started."""
+    try:  # Linux's clock of processes; psutil would add the time of the boot, which is known to the second only
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time() - psutil.Process().create_time()
 
 
 def _base_url(sock: socket.socket) -> str:

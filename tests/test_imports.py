@@ -19,6 +19,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L2": ("kv_cache_manager", "step_budget", "scheduler", "grammar"),
     "L3": (
         "kernels",
+        "transformers_import",
         "attention",
         "philox",
         "linear",
@@ -27,6 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "model_support",
         "model_loader",
         "fused_decoder",
+        "native_decoder",
         "fusion",
         "step_feed",
         "input_batch",

@@ -87,6 +87,15 @@ def test_greedy_output_is_sane(client: openai.OpenAI, model: str):
     assert chat.choices[0].finish_reason == "stop"
 
 
+def test_the_log_says_where_the_start_went(server: Server):
+    (line,) = [line for line in server.log.read_text().splitlines() if "ready after" in line]
+    total_s, parts = re.search(r"ready after ([\d.]+) s: (.*)", line).groups()
+    phases = dict(part.removesuffix(" s").rsplit(" ", 1) for part in parts.split(", "))
+    assert list(phases)[:4] == ["frontend", "python", "import torch", "import transformers"]
+    assert {"resolve", "load", "warm up", "other"} <= phases.keys()
+    assert sum(map(float, phases.values())) == pytest.approx(float(total_s), abs=0.05 * len(phases) + 0.05)
+
+
 def test_a_stream_says_the_same_as_an_answer(client: openai.OpenAI, model: str):
     whole = client.completions.create(model=model, prompt=COUNT, max_tokens=40, temperature=0)
     chunks = list(

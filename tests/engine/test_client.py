@@ -77,6 +77,7 @@ def test_streams_stops_and_refusals(model_dir: Path):
                 await client.generate([3], SamplingParams())
             ready = await client.wait_until_ready()
             assert ready.max_model_len == 400 and client.progress is not None
+            assert 0 < ready.load_seconds["python"] < 60
 
             prompts = [[3 + i, 50, 60] for i in range(20)]
             streams = [await client.generate(p, SamplingParams(max_tokens=12, n=2)) for p in prompts]

@@ -49,6 +49,8 @@ def test_ready_line_and_an_orderly_end() -> None:
     with served() as (process, url, lines):
         assert any("weights: tiny 50%" in line for line in lines)
         assert "curl " in lines[-1] and "this machine only" in lines[-1]
+        (phases,) = [line for line in lines if "ready after" in line]
+        assert re.search(r"ready after [\d.]+ s: frontend [\d.]+ s, .*other [\d.]+ s$", phases.strip())
         with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True, "max_tokens": 40}) as response:
             assert response.status_code == 200
             process.send_signal(signal.SIGTERM)
@@ -56,6 +58,11 @@ def test_ready_line_and_an_orderly_end() -> None:
         assert text.endswith("data: [DONE]\n\n") and '"finish_reason":"length"' in text and "error" not in text
         code, rest = end_of(process)
     assert code == 0 and "Traceback" not in rest
+
+
+def test_the_engine_is_started_before_what_http_needs_is_imported() -> None:
+    code = "import sys, server.cli; sys.exit(bool({'fastapi', 'starlette', 'uvicorn', 'numpy', 'torch'} & {*sys.modules}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("again", [True, False])
