@@ -15,10 +15,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.kernels import activations, norms
+from engine.kernels.cpu_ops import CpuKernels, Format, PackedLinear
 from engine.kernels.fp8 import fp8_matmul, fp8_obstacle, quantize_weight
+from engine.kernels.int8 import int8_matmul
+from engine.kernels.int8 import quantize_weight as quantize_weight_int8
 from engine.kernels.skinny_linear import MAX_ROWS, Activation, SkinnyDevice, SkinnyPlan, skinny_linear
 
-WeightFormat = Literal["dense", "fp8"]
+WeightFormat = Literal["dense", "fp8", "packed", "int8"]
+_TYPICAL_ROWS = 16  # of x: oneDNN's layout for these also suits one row and hundreds
 
 
 class RowNorm(Protocol):
@@ -39,7 +43,8 @@ class Linear(nn.Module):
 
     weight: [N, E], a frozen parameter. bias: [N] or None. sources: names of the linears whose rows it holds, top to
     bottom; slices: the rows of each. weight_format: "dense", in the dtype of the activations; "fp8", in float8_e4m3fn with one
-    float32 scale a row in `weight_scale` [N, 1].
+    float32 scale a row in `weight_scale` [N, 1]; on a CPU "packed", in the order in which its products read it, and "int8"
+    (`engine.kernels.int8`). What is packed is no longer in `weight`, which is then empty.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Linear(nn.Module):
         self.bias = None if bias_N is None else _frozen(bias_N)
         self.weight_scale: torch.Tensor | None
         self.register_buffer("weight_scale", None)
+        self._packed: tuple[CpuKernels, PackedLinear] | None = None
+        self._reordered: torch.Tensor | None = None  # oneDNN's form of the weight
         self._skinny: SkinnyDevice | None = None
         self._plans: dict[tuple[int, bool], SkinnyPlan | None] = {}
         # Whose weights are views of this one. A tuple: they are not part of this module.
@@ -80,12 +87,12 @@ class Linear(nn.Module):
         The sources' parameters become views of the merged ones: they go on working, and their own memory is free again, so
         that merging layer by layer needs no more than one layer's room. Raises ValueError where inputs or dtypes differ.
         """
+        if any(getattr(linear, "weight_format", "dense") != "dense" for linear in linears):
+            raise ValueError("linears are merged before they are quantized or packed")
         weights = [linear.weight.detach() for linear in linears]
         first = weights[0]
         if any(weight.shape[1] != first.shape[1] or weight.dtype != first.dtype for weight in weights):
             raise ValueError(f"linears of different inputs or dtypes: {[(tuple(w.shape), w.dtype) for w in weights]}")
-        if any(getattr(linear, "weight_scale", None) is not None for linear in linears):
-            raise ValueError("linears are merged before they are quantized")
         rows = [weight.shape[0] for weight in weights]
         if names is None:
             names = [name for linear in linears for name in linear.sources]
@@ -122,14 +129,43 @@ class Linear(nn.Module):
         obstacle = fp8_obstacle(self.weight.device, self.weight)
         if obstacle is not None:
             raise ValueError(obstacle)
-        stored, scale = quantize_weight(self.weight)
-        for sharer in self._sharers:
-            sharer.weight.data = sharer.weight.data.new_empty(0)
-        self._sharers = ()
-        self.weight = _frozen(stored)
-        self.weight_scale = scale
-        self.weight_format = "fp8"
+        stored, self.weight_scale = quantize_weight(self.weight)
+        self._replace_weight(stored, "fp8")
         self._plans = {}
+
+    def pack(self, kernels: CpuKernels | None, format: Format) -> None:
+        """On a CPU, bring the weight into the form that is multiplied fastest. What shares the old weight's memory as a source
+        loses it and works no more; an embedding that is tied to it keeps it.
+
+        kernels: the compiled ones, or None for what torch has: int8 by `int8_matmul`; else oneDNN's order of the weight in its
+        own dtype, or where oneDNN has none for it on this CPU, the weight as it is. Raises ValueError, with the reason, where
+        the kernels cannot hold the weight.
+        """
+        if self.weight_format != "dense":
+            raise ValueError(f"a weight is packed once, and this one is {self.weight_format} already")
+        if kernels is not None:
+            weight = self.weight.float() if self.weight.dtype == torch.float16 else self.weight
+            self._packed = kernels, kernels.pack(weight.detach().contiguous(), format, bias_N=self.bias)
+            self._replace_weight(self.weight.new_empty(0), "int8" if format == "int8" else "packed")
+        elif format == "int8":
+            stored, self.weight_scale = quantize_weight_int8(self.weight)
+            self._replace_weight(stored, "int8")
+        else:
+            self._reordered = _reordered(self.weight)
+            if self._reordered is not None:
+                self._replace_weight(self.weight.new_empty(0), "packed")
+
+    def release(self) -> None:
+        """Free the weight's memory, and its sources', for one who holds it in another form. None of them works on."""
+        self._replace_weight(self.weight.new_empty(0), "packed")
+
+    def _replace_weight(self, weight: torch.Tensor, weight_format: WeightFormat) -> None:
+        # The sources get new parameters: a tied embedding holds the old one too, and keeps it.
+        for sharer in self._sharers:
+            sharer.weight = _frozen(sharer.weight.new_empty(0))
+        self._sharers = ()
+        self.weight = _frozen(weight)
+        self.weight_format = weight_format
 
     def use_skinny(self, device: SkinnyDevice | None) -> None:
         """From now on multiply few rows by the kernels of engine.kernels.skinny_linear, where they are the faster way."""
@@ -185,14 +221,26 @@ class Linear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _product(self, x_TE: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        if self.weight_scale is not None:
-            y = fp8_matmul(x_TE, self.weight, self.weight_scale, self.bias)
+        if self.weight_format != "dense":
+            y = self._product_of_other_format(x_TE)
             return y if out is None else out.copy_(y)
         if out is None:
             return F.linear(x_TE, self.weight, self.bias)
         if self.bias is None:
             return torch.mm(x_TE, self.weight.t(), out=out)
         return torch.addmm(self.bias, x_TE, self.weight.t(), out=out)
+
+    def _product_of_other_format(self, x_TE: torch.Tensor) -> torch.Tensor:
+        if self._packed is not None:
+            kernels, weight = self._packed
+            return kernels.linear(x_TE, weight).to(x_TE.dtype)
+        if self._reordered is not None:
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TE, self._reordered, self.bias, "none", [], "")
+            return y
+        assert self.weight_scale is not None
+        if self.weight_format == "int8":
+            return int8_matmul(x_TE, self.weight, self.weight_scale, self.bias).to(x_TE.dtype)
+        return fp8_matmul(x_TE, self.weight, self.weight_scale, self.bias)
 
     def _plan(self, rows: int, gated: bool) -> SkinnyPlan | None:
         if self._skinny is None or rows > MAX_ROWS:
@@ -206,6 +254,20 @@ class Linear(nn.Module):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"{'+'.join(self.sources)}: {self.in_features} -> {self.out_features}, bias={bias}, {self.weight_format}"
+
+
+def _reordered(weight_NE: torch.Tensor) -> torch.Tensor | None:
+    """The weight as oneDNN likes to read it; None where it has no such form of this dtype on this CPU.
+
+    With few rows a product reads its weight once, and this takes half of the time; with hundreds it makes no difference.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        reordered: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_NE.detach(), _TYPICAL_ROWS)
+    except RuntimeError:  # bfloat16 without AVX-512 or AVX-NE-CONVERT, float16 without its instructions
+        return None
+    return reordered
 
 
 def _normed(x_TE: torch.Tensor, norm: RowNorm) -> torch.Tensor:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
+from engine.kernels.cpu_ops import CpuKernels, Format
 from engine.kernels.skinny_linear import Card, SkinnyDevice, SkinnyWorkspace
 from engine.linear import Linear
 
@@ -150,3 +152,94 @@ def test_what_cannot_be_quantized_says_why_and_stays() -> None:
         linear.quantize()
     assert linear.weight_format == "dense"
     torch.testing.assert_close(linear(torch.eye(32, device=DEVICE)), source.weight.T)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request: pytest.FixtureRequest) -> CpuKernels | None:
+    """The compiled CPU kernels, and what stands for them where there are none."""
+    if request.param == "torch":
+        return None
+    if reason := unavailable_reason():
+        pytest.skip(reason)
+    return cpu_kernels()
+
+
+# What rounding costs: of the weight to its format, and of the result to its dtype.
+PACKED_ERROR = {"float32": 1e-5, "bfloat16": 4e-3, "int8": 0.015}
+DTYPE_ERROR = {torch.float32: 0.0, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_weight_gives_what_the_dense_one_gave(
+    format: Format, dtype: torch.dtype, bias: bool, kernels: CpuKernels | None
+) -> None:
+    source = nn.Linear(96, 80, bias=bias, dtype=dtype).requires_grad_(False)
+    linear = Linear.from_linear(source, "o_proj")
+    norm = Norm(torch.rand(96).to(dtype) + 0.5)
+    options: list[dict[str, Any]] = [{}, {"norm": norm}, {"activation": "silu", "norm": norm}, {"activation": "gelu_tanh"}]
+    inputs = [torch.randn(*shape, 96).to(dtype) for shape in ((1,), (7,), (1, 40), (2, 3, 4), (0,))]
+    expected = [[linear(x, **option) for option in options] for x in inputs]
+    residuals = [torch.randn_like(wants[0]) for wants in expected]
+    added = [linear(x, residual=residual.clone()) for x, residual in zip(inputs, residuals, strict=True)]
+    linear.pack(kernels, format)
+    assert linear.bias is None or torch.equal(linear.bias, source.bias)
+    limit = PACKED_ERROR[format] + DTYPE_ERROR[dtype]
+    for x, wants, residual, sum_ in zip(inputs, expected, residuals, added, strict=True):
+        for option, want in zip(options, wants, strict=True):
+            y = linear(x, **option)
+            assert y.shape == want.shape and y.dtype == dtype
+            assert x.numel() == 0 or relative_error(y, want) < 2 * limit
+            out = torch.full_like(want, torch.nan).view(-1, want.shape[-1])
+            assert linear(x, out=out, **option).data_ptr() == out.data_ptr()
+            assert torch.equal(out.view(want.shape), y)
+        y = linear(x, residual=residual)
+        assert y.data_ptr() == residual.data_ptr() and (x.numel() == 0 or relative_error(y, sum_) < limit)
+
+
+@pytest.mark.parametrize("format", ["float32", "int8"])
+def test_packing_frees_the_sources_but_no_tied_embedding(format: Format, kernels: CpuKernels | None) -> None:
+    embedding, head = nn.Embedding(80, 32).requires_grad_(False), nn.Linear(32, 80, bias=False)
+    head.weight = embedding.weight
+    ids, rows = torch.arange(80), embedding.weight.clone()
+    linear = Linear.from_linear(head, "lm_head")
+    linear.pack(kernels, format)
+    assert torch.equal(embedding(ids), rows) and head.weight.numel() == 0
+    assert relative_error(linear(rows), rows @ rows.T) < 0.03
+    sources = [nn.Linear(32, count).requires_grad_(False) for count in (16, 8)]
+    merged = Linear.merge(sources, ["gate_proj", "up_proj"])
+    merged.pack(kernels, format)
+    assert all(source.weight.numel() == 0 for source in sources)
+    assert merged.weight_format == ("int8" if format == "int8" else "packed")
+    with pytest.raises(ValueError, match="packed once"):
+        merged.pack(kernels, format)
+    with pytest.raises(ValueError, match="before they are quantized or packed"):
+        Linear.merge([merged], ["a"])
+
+
+def test_a_released_weight_is_free() -> None:
+    sources = [nn.Linear(32, count).requires_grad_(False) for count in (16, 8)]
+    merged = Linear.merge(sources, ["gate_proj", "up_proj"])
+    merged.release()
+    assert not any(linear.weight.numel() for linear in (merged, *sources))
+    assert merged.bias is not None and merged.bias.numel() == 24
+
+
+def test_a_weight_that_onednn_cannot_reorder_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    source = nn.Linear(32, 16).requires_grad_(False)
+    linear = Linear.from_linear(source, "o_proj")
+    linear.pack(None, "float32")
+    x = torch.randn(3, 32)
+    assert linear.weight_format == "dense" and torch.equal(linear(x), source(x))
+
+
+def test_what_the_kernels_cannot_hold_says_why_and_stays(kernels: CpuKernels | None) -> None:
+    if kernels is None:
+        pytest.skip("torch holds it")
+    source = nn.Linear(33, 16, dtype=torch.bfloat16).requires_grad_(False)
+    linear = Linear.from_linear(source, "odd")
+    with pytest.raises(ValueError, match="in pairs"):
+        linear.pack(kernels, "bfloat16")
+    assert linear.weight_format == "dense" and source.weight.numel() > 0
