@@ -1,4 +1,4 @@
-"""FP8 quality at its smallest size: every variant is measured, errors are counted right, and the text is prose."""
+"""The cost of quantization at its smallest size: every variant is measured, errors are counted right, and the text is prose."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-import fp8_quality
 import pytest
+import quantization_quality
 import torch
-from fp8_quality import VARIANTS, Models, Tally
+from quantization_quality import VARIANTS, Models, Tally
 
 from engine.tokenizer import Tokenizer
 from tests import tiny_models
@@ -37,18 +37,18 @@ def test_the_whole_of_it_with_a_tiny_model(folder: Path, tmp_path: Path, capsys:
         "--out",
         str(tmp_path / "out.json"),
     ]
-    assert fp8_quality.main(arguments) == 0
+    assert quantization_quality.main(arguments) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     variants = record["variants"]
     assert set(variants) == set(VARIANTS) and record["positions"] == 150 - 3
     assert (
         variants["float32"]["logit_error_max"] == variants["float32"]["kl_max"] == variants["float32"]["perplexity_change"] == 0
     )
-    for name in ("bf16", "fp8-weights", "fp8-kv", "fp8"):
+    for name in ("bf16", "int8", "fp8-weights", "fp8-kv", "fp8"):
         figures = variants[name]
         assert all(map(math.isfinite, figures.values())) and figures["perplexity"] > 1
         assert 0 < figures["relative_logit_error_mean"] < 1 and 0 < figures["kl_mean"] < 1 and figures["top1_agreement"] > 0.5
-    for name in ("fp8-weights", "fp8-kv"):
+    for name in ("int8", "fp8-weights", "fp8-kv"):
         assert variants["bf16"]["relative_logit_error_mean"] < variants[name]["relative_logit_error_mean"]
         assert variants[name]["relative_logit_error_mean"] < variants["fp8"]["relative_logit_error_mean"]
     table = capsys.readouterr().out
@@ -86,8 +86,8 @@ def test_the_text_is_prose(folder: Path) -> None:
     sentence = "It loads a model and keeps its keys and values in pages of sixteen tokens, " * 3
     code = f"```python\n{sentence}\n\n{sentence}\n```"
     page = "\n\n".join(["# Title", sentence, code, "| a | b |\n|---|---|", f"    {sentence}", f"- {sentence}"])
-    assert list(fp8_quality.prose(page)) == [sentence]
-    paragraphs = fp8_quality.default_text().split("\n\n")
+    assert list(quantization_quality.prose(page)) == [sentence]
+    paragraphs = quantization_quality.default_text().split("\n\n")
     assert len(paragraphs) == len(set(paragraphs)) > 100
     assert paragraphs[0].startswith("An OpenAI-compatible model server.")
 
@@ -96,8 +96,8 @@ def test_windows_hold_every_token_once(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     text = "pages of sixteen tokens are counted, shared and freed again " * 4
     token_ids = tokenizer.encode(text, add_special_tokens=False)
-    windows = fp8_quality.cut(tokenizer, text, 50, 16)
+    windows = quantization_quality.cut(tokenizer, text, 50, 16)
     assert [len(window) for window in windows] == [16, 16, 16, 2]
     assert [token_id for window in windows for token_id in window] == token_ids[:50]
     with pytest.raises(SystemExit, match="fewer than --tokens 9,999"):
-        fp8_quality.cut(tokenizer, text, 9999, 16)
+        quantization_quality.cut(tokenizer, text, 9999, 16)

@@ -1,12 +1,15 @@
-"""What FP8 costs in quality: logits and perplexity of a real model with FP8 weights, FP8 keys and values, and both.
+"""What quantization costs: logits and perplexity of a real model in int8, and with FP8 weights, FP8 keys and values, and both.
 
-    .venv/bin/python scripts/fp8_quality.py                      # the demo model; about three minutes on two CPU cores
-    .venv/bin/python scripts/fp8_quality.py --model FOLDER --tokens 16384 --context 2048 --out fp8.json     # on a GPU
+    .venv/bin/python scripts/quantization_quality.py             # the demo model; about four minutes on two CPU cores
+    .venv/bin/python scripts/quantization_quality.py --variants bf16 int8 --tokens 16384 --context 1024
+    .venv/bin/python scripts/quantization_quality.py --model FOLDER --tokens 16384 --context 2048 --out figures.json  # on a GPU
 
-The weights are quantized as `--quantization fp8` does it (a scale for each output row, activations quantised anew for each
-token; embeddings, head and norms stay), the keys and values rounded as `--kv-cache-dtype fp8` stores them (scale 1, computed in
-bfloat16). A number rounded to e4m3 is the same on every device, so a CPU tells what a GPU would, but for the order of sums and
-for the shorter accumulator of some GPUs' FP8 products. The layers run as transformers has them, over the exact attention.
+int8: all linears, the head among them, as `--quantization int8` has them on a CPU; by the compiled kernels where they are, else
+by torch, which is the same arithmetic. FP8: the layers' weights as `--quantization fp8` has them (a scale for each output row,
+activations quantized anew for each token; embeddings, head and norms stay), and keys and values rounded as
+`--kv-cache-dtype fp8` stores them (scale 1, computed in bfloat16). A number rounded to e4m3 is the same on every device, so a
+CPU tells what a GPU would, but for the order of sums and for the shorter accumulator of some GPUs' FP8 products. The layers run
+as transformers has them, over the exact attention.
 
 The text is the README's prose, younger than most models, then that of Python's language reference as `pydoc` ships it. It is
 cut into windows of --context tokens, each begun without memory of the one before; every token with one before it counts.
@@ -24,7 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -36,6 +39,7 @@ from engine.attention.base import RaggedBatch, group_layers
 from engine.attention.hf import StepAttention
 from engine.attention.sdpa import SdpaBackend
 from engine.config import ModelConfig
+from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
 from engine.kernels.fp8 import FP8, FP8_MAX
 from engine.model_loader import LoadedModel, load_model, resolve_model
 from engine.tokenizer import Tokenizer
@@ -50,16 +54,17 @@ SLICE = 256
 class Variant:
     label: str
     dtype: torch.dtype
-    fp8_weights: bool = False
+    weights: Literal["none", "int8", "fp8"] = "none"
     fp8_kv: bool = False
 
 
 VARIANTS = {
     "float32": Variant("float32", torch.float32),
     "bf16": Variant("bfloat16", torch.bfloat16),
-    "fp8-weights": Variant("FP8 weights and activations", torch.bfloat16, fp8_weights=True),
+    "int8": Variant("int8 weights and activations", torch.bfloat16, weights="int8"),
+    "fp8-weights": Variant("FP8 weights and activations", torch.bfloat16, weights="fp8"),
     "fp8-kv": Variant("FP8 keys and values", torch.bfloat16, fp8_kv=True),
-    "fp8": Variant("both", torch.bfloat16, fp8_weights=True, fp8_kv=True),
+    "fp8": Variant("FP8, both", torch.bfloat16, weights="fp8", fp8_kv=True),
 }
 
 
@@ -84,13 +89,13 @@ class Models:
 
     def __init__(self, folder: Path, device: torch.device, context: int) -> None:
         self._folder, self._device, self._context = folder, device, context
-        self._loaded: dict[tuple[torch.dtype, bool], tuple[LoadedModel, SdpaBackend]] = {}
+        self._loaded: dict[tuple[torch.dtype, str], tuple[LoadedModel, SdpaBackend]] = {}
 
     @torch.inference_mode()
     def logits(self, name: str, token_ids: list[int]) -> torch.Tensor:
         """[T, V] for one window, by the variant of that name."""
         variant = VARIANTS[name]
-        key = variant.dtype, variant.fp8_weights
+        key = variant.dtype, variant.weights
         if key not in self._loaded:
             self._loaded[key] = self._load(*key)
         loaded, backend = self._loaded[key]
@@ -106,11 +111,14 @@ class Models:
         ).logits
         return logits_1TV[0]
 
-    def _load(self, dtype: torch.dtype, fp8_weights: bool) -> tuple[LoadedModel, SdpaBackend]:
+    def _load(self, dtype: torch.dtype, weights: str) -> tuple[LoadedModel, SdpaBackend]:
         config = ModelConfig(model=str(self._folder))
         loaded = load_model(self._folder, config, self._device, dtype, served_context=self._context)
-        if fp8_weights:
+        if weights == "fp8":
             fusion.quantize(loaded.model, None)
+        if weights == "int8":
+            compiled = self._device.type == "cpu" and unavailable_reason() is None
+            fusion.pack_linears(loaded.model, cpu_kernels() if compiled else None, "int8", head_only=False)
         if self._device.type == "cpu":
             for parent in list(loaded.model.modules()):
                 for name, child in list(parent.named_children()):
@@ -181,10 +189,12 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def measure(models: Models, windows: list[list[int]], reference: str) -> dict[str, dict[str, float]]:
-    """Every variant's figures against the one named `reference`."""
-    tallies = {name: Tally() for name in VARIANTS}
-    names = [reference, *(name for name in VARIANTS if name != reference)]
+def measure(
+    models: Models, windows: list[list[int]], reference: str, variants: Sequence[str] = tuple(VARIANTS)
+) -> dict[str, dict[str, float]]:
+    """The variants' figures against the one named `reference`, which comes first."""
+    names = [reference, *(name for name in variants if name != reference)]
+    tallies = {name: Tally() for name in names}
     with tqdm(total=len(windows) * len(names), unit="pass", file=sys.stderr) as bar:
         for token_ids in windows:
             expected_TV = models.logits(reference, token_ids)[:-1]
@@ -257,6 +267,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=4096, help="of the text")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window")
     parser.add_argument("--text", type=Path, metavar="FILE", help="another text")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS), help="default: all")
     parser.add_argument("--reference", choices=tuple(VARIANTS), default="float32", help="what the others are compared with")
     parser.add_argument("--num-threads", type=int, help="default: torch's own choice")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON")
@@ -271,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = args.text.read_text(encoding="utf-8") if args.text else default_text()
     windows = cut(Tokenizer.load(folder), text, args.tokens, args.context)
     try:
-        figures = measure(Models(folder, torch.device(args.device), args.context), windows, args.reference)
+        figures = measure(Models(folder, torch.device(args.device), args.context), windows, args.reference, args.variants)
     except ValueError as error:  # a card or sizes that know no FP8 products
         raise SystemExit(str(error)) from error
     print(markdown(figures, args.reference))
