@@ -1,6 +1,6 @@
 """What quantization costs: logits and perplexity of a real model in int8, and with FP8 weights, FP8 keys and values, and both.
 
-    .venv/bin/python scripts/quantization_quality.py             # the demo model; about four minutes on two CPU cores
+    .venv/bin/python scripts/quantization_quality.py             # the demo model; eight minutes on one CPU core
     .venv/bin/python scripts/quantization_quality.py --variants bf16 int8 --tokens 16384 --context 1024
     .venv/bin/python scripts/quantization_quality.py --model FOLDER --tokens 16384 --context 2048 --out figures.json  # on a GPU
 
