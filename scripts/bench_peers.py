@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             if args.out:
                 args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    say(format_report(record, args.pick))
+            say(format_report(record, args.pick))  # of a run that was cut short too
     return 1 if any("error" in entry for entry in record["servers"].values()) else 0
 
 

@@ -102,7 +102,7 @@ def vllm(precision: str, setup: Setup, port: int) -> Command:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    libraries = [setup.vllm_python.parent.parent / "lib" / "libiomp5.so"]
+    libraries = [setup.vllm_python.parent.parent / "lib" / name for name in ("libtcmalloc_minimal.so.4", "libiomp5.so")]
     if preload := [str(path) for path in libraries if path.is_file()]:
         environ["LD_PRELOAD"] = ":".join(preload)  # vLLM's own advice
     return Command(tuple(map(str, argv)), environ)

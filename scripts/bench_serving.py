@@ -115,16 +115,29 @@ class Response:
         self.finished = False
 
     async def __aenter__(self) -> Response:
+        was_idle = bool(self.connections.idle)
         self.reader, self.writer = await self.connections.open()
         try:
-            self.writer.write(self.request)
-            head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        except BaseException:
-            self.writer.close()
-            raise
+            head = await self.read_head()
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            if not was_idle or getattr(error, "partial", b""):
+                raise
+            # The server closed a kept connection just when we took it: ask again on a new one, as every HTTP client does.
+            self.connections.close()
+            self.reader, self.writer = await self.connections.open()
+            head = await self.read_head()
         self.status = int(head[0].split()[1])
         self.headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
         return self
+
+    async def read_head(self) -> list[str]:
+        """Sends the request; the lines of the answer's head."""
+        try:
+            self.writer.write(self.request)
+            return (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        except BaseException:
+            self.writer.close()
+            raise
 
     async def __aexit__(self, *exc: object) -> None:
         if self.finished and self.headers.get("connection", "").lower() != "close":

@@ -12,7 +12,7 @@ from typing import Any
 import bench_serving
 import pytest
 from bench_report import Sample, format_markdown_row, format_table, percentile, summarize
-from bench_serving import Load, arrival_times, make_payload, parse_load, words
+from bench_serving import Connections, Load, arrival_times, make_payload, parse_load, send_one, words
 
 from tests.scripts.fake_sse_server import FakeServer
 
@@ -83,6 +83,23 @@ def test_poisson_load_sends_every_request_once(tmp_path: Path) -> None:
 def test_no_server_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="does not answer as an OpenAI-compatible server"):
         bench_serving.main(["--base-url", "http://127.0.0.1:9"])
+
+
+class ClosingServer(FakeServer):
+    """Closes every connection after its answer and does not say so, as llama.cpp's server does after a stream."""
+
+    async def answer(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        await super().answer(path, body, writer)
+        writer.close()
+
+
+def test_a_kept_connection_that_the_server_closed_is_opened_anew() -> None:
+    async def run() -> list[Sample]:
+        async with ClosingServer(frozenset()) as server:
+            connections = Connections(server.url)
+            return [await send_one(connections, Load(server.url, output_len=2), index) for index in range(3)]
+
+    assert [sample.error for sample in asyncio.run(run())] == ["", "", ""]
 
 
 def test_arrivals_are_seeded_and_poisson() -> None:
