@@ -150,7 +150,11 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything the engine process is started with. cuda_graphs: whether decode steps on a GPU are captured and replayed."""
+    """Everything the engine process is started with.
+
+    cuda_graphs: whether decode steps on a GPU are captured and replayed. cpu_kernels: whether a CPU uses the kernels compiled
+    for it; otherwise plain torch does everything.
+    """
 
     model: ModelConfig = ModelConfig()
     cache: CacheConfig = CacheConfig()
@@ -159,6 +163,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     device: str = "auto"
     attention_backend: str = "auto"
     cuda_graphs: bool = True
+    cpu_kernels: bool = True
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")

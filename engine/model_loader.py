@@ -92,13 +92,13 @@ def load_model(
     )
 
 
-def resolve_dtype(name: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
-    """The dtype that `name` means here. "auto" on a CPU: bfloat16 where the CPU multiplies it natively, else float32. On a
-    GPU: the checkpoint's, and bfloat16 for one in float32."""
+def resolve_dtype(name: str, device: torch.device, config: PretrainedConfig, *, has_kernels: bool = False) -> torch.dtype:
+    """The dtype that `name` means here. "auto" on a CPU: bfloat16 where the CPU multiplies it, or where there are our kernels
+    (has_kernels), which compute in float32 then; else float32. On a GPU: the checkpoint's, and bfloat16 for one in float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+        return torch.bfloat16 if has_kernels or _cpu_has_bfloat16() else torch.float32
     stored = getattr(config.get_text_config(decoder=True), "dtype", None)
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
 

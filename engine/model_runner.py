@@ -171,7 +171,9 @@ class ModelRunner:
             if copies := [block_copy for fork in step.forks for block_copy in fork.block_copies]:
                 self._backend.copy_blocks(copies)
             if source_rows:
-                logits = self._model.logits(hidden[to_device(inputs.row_ends[rows] - 1, self._device)])
+                is_all = rows.size == len(hidden)  # a step of decodes
+                wanted = hidden if is_all else hidden[to_device(inputs.row_ends[rows] - 1, self._device)]
+                logits = self._model.logits(wanted)
             prompt_logprobs = self._prompt_logprobs(step, inputs, hidden)
         return _Launched(
             step=step,

@@ -110,6 +110,7 @@ class ServerConfig(BaseModel):
     device: str = _setting("auto", "engine", ", ".join(DEVICES))
     attention_backend: str = _setting("auto", "engine", "attention implementation; auto takes the device's best")
     cuda_graphs: bool = _setting(True, "engine", "capture decode steps on a GPU and replay them")
+    cpu_kernels: bool = _setting(True, "engine", "use the kernels compiled for this CPU; without them torch does all")
     num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine; default: the cores it may use")
     max_num_seqs: Count | None = _setting(None, "engine", "most sequences in one step")
     max_num_batched_tokens: Count | None = _setting(None, "engine", "most tokens in one step")
@@ -140,6 +141,7 @@ class ServerConfig(BaseModel):
             device=self.device,
             attention_backend=self.attention_backend,
             cuda_graphs=self.cuda_graphs,
+            cpu_kernels=self.cpu_kernels,
         )
 
     def _fields_of(self, part: type[msgspec.Struct]) -> dict[str, Any]:

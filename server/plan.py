@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -231,17 +232,20 @@ def _dtype(name: str, device: Device, hf_config: Mapping[str, Any]) -> str:
     if name != "auto":
         return name
     if not device.on_gpu:
-        return "bfloat16" if _cpu_has_bfloat16() else "float32"
+        return "bfloat16" if _cpu_runs_bfloat16() else "float32"
     text = hf_config.get("text_config") or hf_config
     stored = str(text.get("dtype") or text.get("torch_dtype") or hf_config.get("dtype") or hf_config.get("torch_dtype"))
     return stored if stored in ("bfloat16", "float16") else "bfloat16"
 
 
-def _cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def _cpu_runs_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Where the CPU multiplies it, or our kernels can be compiled, which need AVX2."""
     try:
-        return any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+        flags = cpuinfo.read_text()
     except OSError:
         return False
+    has_compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return "avx512_bf16" in flags or "amx_bf16" in flags or ("avx2" in flags and has_compiler)
 
 
 def describe(plan: Plan) -> str:

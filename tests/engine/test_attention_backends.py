@@ -21,6 +21,7 @@ from engine.attention.base import AttentionNeeds, DeviceRows, LayerSpec, RaggedB
 from engine.attention.cudnn import CudnnBackend
 from engine.attention.flash_attention import FlashAttentionBackend
 from engine.attention.flashinfer import FlashInferBackend
+from engine.attention.native import NativeBackend
 from engine.attention.pages import PagedBackend
 from engine.attention.sdpa import SdpaBackend
 from engine.attention.torch_varlen import TorchVarlenBackend
@@ -746,13 +747,18 @@ def test_auto_goes_on_when_they_cannot_serve(own_kernels: type[OwnKernels], monk
     assert backend is CudnnBackend and "not flash_attention: of version 3, flash-attn-3 is not installed" in reason
 
 
-def test_auto_on_a_cpu_is_the_oracle() -> None:
-    backend, reason = choose.choose_backend("auto", situation(device=CPU, dtype=torch.float32, kv_cache_dtype=torch.float32))
-    assert backend is SdpaBackend and "exact" in reason
+def test_auto_on_a_cpu_is_the_compiled_kernels_or_else_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = situation(device=CPU, dtype=torch.float32, kv_cache_dtype=torch.float32)
+    monkeypatch.setattr("engine.attention.native.unavailable_reason", lambda: None)
+    backend, reason = choose.choose_backend("auto", needs)
+    assert backend is NativeBackend and "our own kernels" in reason
+    monkeypatch.setattr("engine.attention.native.unavailable_reason", lambda: "no C++ compiler")
+    backend, reason = choose.choose_backend("auto", needs)
+    assert backend is SdpaBackend and "exact" in reason and reason.endswith("; not native: no C++ compiler")
 
 
 def test_names_are_checked(own_kernels: type[OwnKernels], monkeypatch: pytest.MonkeyPatch) -> None:
-    known = "auto or one of sdpa, triton, flash_attention, cudnn, flashinfer, torch_varlen, got 'flash'"
+    known = "auto or one of sdpa, native, triton, flash_attention, cudnn, flashinfer, torch_varlen, got 'flash'"
     with pytest.raises(ConfigError, match=known) as raised:
         choose.choose_backend("flash", situation())
     assert raised.value.param == "attention_backend"
@@ -765,5 +771,7 @@ def test_names_are_checked(own_kernels: type[OwnKernels], monkeypatch: pytest.Mo
 def test_nothing_can_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(choose.BACKENDS, "sdpa", f"{__name__}:OwnKernels")
     monkeypatch.setattr(OwnKernels, "why", "it keeps no FP8")
-    with pytest.raises(ConfigError, match="no attention backend can serve this model on cpu: sdpa: it keeps no FP8"):
+    with pytest.raises(
+        ConfigError, match="no attention backend can serve this model on cpu: native: .*; sdpa: it keeps no FP8"
+    ):
         choose.choose_backend("auto", situation(device=CPU))

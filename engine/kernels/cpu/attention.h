@@ -59,12 +59,18 @@ inline void write_token(float* key_page, float* value_page, int64_t slot, const 
 // is_last: the row's last token. Its neighbour in a pair of values is multiplied by zero before it is written: it must be a number.
 inline void write_token(uint16_t* key_page, uint16_t* value_page, int64_t slot, const AttentionLayer& layer, const float* k, const float* v,
                         bool is_last) {
-  for (int64_t d = 0; d < layer.head_dim; d++) key_page[(d / 2 * layer.block_size + slot) * 2 + d % 2] = float_to_bf16(k[d]);
-  uint16_t* pair = value_page + slot / 2 * layer.head_dim * 2;
-  for (int64_t d = 0; d < layer.head_dim; d++) {
-    pair[2 * d + slot % 2] = float_to_bf16(v[d]);
-    if (is_last && slot % 2 == 0) pair[2 * d + 1] = 0;
+  uint16_t rounded[16];
+  for (int64_t d = 0; d < layer.head_dim; d += 16) {
+    for (int i = 0; i < 16; i += LANES) store_bf16(rounded + i, load(k + d + i));
+    for (int i = 0; i < 16; i += 2) std::memcpy(key_page + ((d + i) / 2 * layer.block_size + slot) * 2, rounded + i, 4);
   }
+  uint16_t* pair = value_page + slot / 2 * layer.head_dim * 2 + slot % 2;
+  for (int64_t d = 0; d < layer.head_dim; d += 16) {
+    for (int i = 0; i < 16; i += LANES) store_bf16(rounded + i, load(v + d + i));
+    for (int i = 0; i < 16; i++) pair[2 * (d + i)] = rounded[i];
+  }
+  if (is_last && slot % 2 == 0)
+    for (int64_t d = 0; d < layer.head_dim; d++) pair[2 * d + 1] = 0;
 }
 
 // k, v: [num_kv_heads, D] of token t, which is in row r.
@@ -116,22 +122,33 @@ struct Parts {
   float* at(int64_t row, int64_t part, int64_t head) { return memory.data() + ((row * per_row + part) * heads + head) * (dim + 2); }
 };
 
-template <class Element, int ROWS>
-inline void scores_of_rows(const float* q, int64_t row, int64_t end, const AttentionLayer& layer, const Element* keys, float* scores) {
+// Scores of ROWS queries with PAGES times 16 keys, each 16 at one of `keys`: several at a time, so that enough sums are under way.
+template <class Element, int ROWS, int PAGES>
+inline void scores_of_tile(const float* q, const AttentionLayer& layer, const Element* const* keys, float* scores) {
   constexpr int VECTORS = 16 / LANES;
-  constexpr int64_t per_column = sizeof(Element) == 2 ? 2 : 1;
+  Vec acc[PAGES][ROWS][VECTORS];
+  for (auto& page : acc)
+    for (auto& row : page)
+      for (Vec& x : row) x = zero();
+  multiply_pages<ROWS, PAGES, VECTORS>(q, layer.head_dim, keys, layer.block_size, layer.head_dim, acc);
+  for (int p = 0; p < PAGES; p++)
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < VECTORS; v++) store(scores + r * KEY_BLOCK + p * 16 + v * LANES, acc[p][r][v]);
+}
+
+// Of rows [row, end) with `count` sixteens of keys.
+template <class Element, int ROWS, int PAGES>
+inline void scores_of_rows(const float* q, int64_t row, int64_t end, const AttentionLayer& layer, const Element* const* keys, int64_t count,
+                           float* scores) {
   for (; row + ROWS <= end; row += ROWS) {
-    for (int64_t c = 0; c < layer.block_size; c += 16) {
-      Vec acc[ROWS][VECTORS];
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) acc[r][v] = zero();
-      multiply<ROWS, VECTORS>(q + row * layer.head_dim, layer.head_dim, keys + c * per_column, layer.block_size, layer.head_dim, acc);
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) store(scores + (row + r) * KEY_BLOCK + c + v * LANES, acc[r][v]);
-    }
+    int64_t p = 0;
+    for (; p + PAGES <= count; p += PAGES)
+      scores_of_tile<Element, ROWS, PAGES>(q + row * layer.head_dim, layer, keys + p, scores + row * KEY_BLOCK + p * 16);
+    for (; p < count; p++) scores_of_tile<Element, ROWS, 1>(q + row * layer.head_dim, layer, keys + p, scores + row * KEY_BLOCK + p * 16);
   }
   if constexpr (ROWS > 1) {
-    if (row < end) scores_of_rows<Element, ROWS - 1>(q, row, end, layer, keys, scores);
+    constexpr int MORE = LANES == 16 ? 4 : ROWS - 1 <= 3 ? 2 : 1;
+    if (row < end) scores_of_rows<Element, ROWS - 1, MORE>(q, row, end, layer, keys, count, scores);
   }
 }
 
@@ -209,10 +226,13 @@ void attend_tile(const AttentionLayer& layer, const Rows& rows, const Tile& tile
   const int64_t start = rows.context_lens[tile.row] + tile.first - rows.query_starts[tile.row];  // the first query's position
   for (int64_t from = tile.from; from < tile.to; from += KEY_BLOCK) {
     const int64_t count = std::min(KEY_BLOCK, tile.to - from);
-    for (int64_t page = 0; page < count; page += size) {
-      const Element* keys = Page<Element>::of(layer.keys, layer, table[(from + page) / size], kv_head);
-      scores_of_rows<Element, 192 / 16 / (16 / LANES)>(memory.queries.data(), 0, num, layer, keys, memory.scores + page);
+    const Element* keys[KEY_BLOCK / 16];
+    const int64_t sixteens = round_up(count, 16) / 16;
+    for (int64_t i = 0; i < sixteens; i++) {
+      const int64_t key = from + 16 * i;
+      keys[i] = Page<Element>::of(layer.keys, layer, table[key / size], kv_head) + key % size * (sizeof(Element) == 2 ? 2 : 1);
     }
+    scores_of_rows<Element, 6, LANES == 16 ? 4 : 1>(memory.queries.data(), 0, num, layer, keys, sixteens, memory.scores);
     const int64_t padded = round_up(count, LANES);
     for (int64_t i = 0; i < num; i++) {
       float* scores = memory.scores + i * KEY_BLOCK;

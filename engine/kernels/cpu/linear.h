@@ -204,12 +204,21 @@ inline void prepare_row(const Inputs& in, Format format, int64_t row, const floa
   std::fill(to + k, to + padded_inputs(format, k), uint16_t(0));
 }
 
+// A weight that comes from memory is asked for so far ahead: a core has more requests under way to its L2 cache than its own
+// prefetcher makes of one stream.
+constexpr int64_t AHEAD_BYTES = 4096;
+template <int VECTORS>
+inline void ask_ahead(const void* p) {
+  for (int v = 0; v < VECTORS; v++) __builtin_prefetch(static_cast<const char*>(p) + AHEAD_BYTES + v * LANES * 4, 0, 2);
+}
+
 // --- A few rows by a few vectors of columns: acc += a b ---------------------------------------------------------------------
 // a: ROWS rows, lda elements apart. b: k rows (or k / 2 rows of pairs) of `ldb` columns, VECTORS of which are taken.
 
 template <int ROWS, int VECTORS>
 inline void multiply(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t k, Vec (&acc)[ROWS][VECTORS]) {
   for (int64_t i = 0; i < k; i++, b += ldb) {
+    ask_ahead<VECTORS>(b);
     Vec columns[VECTORS];
     for (int v = 0; v < VECTORS; v++) columns[v] = load(b + v * LANES);
     for (int r = 0; r < ROWS; r++) {
@@ -223,6 +232,7 @@ template <int ROWS, int VECTORS>
 inline void multiply(const float* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t k, Vec (&acc)[ROWS][VECTORS]) {
   const IntVec upper = int_all(int32_t(0xFFFF0000));
   for (int64_t i = 0; i < k; i += 2, b += 2 * ldb) {
+    ask_ahead<VECTORS>(b);
     Vec columns[VECTORS];
     for (int v = 0; v < VECTORS; v++) columns[v] = bits_to_float(shift_left(load_int(b + 2 * v * LANES), 16));
     for (int r = 0; r < ROWS; r++) {
@@ -237,6 +247,40 @@ inline void multiply(const float* a, int64_t lda, const uint16_t* b, int64_t ldb
   }
 }
 
+template <int ROWS, int PAGES, int VECTORS>
+inline void add_products(const float* a, int64_t lda, const Vec (&columns)[PAGES][VECTORS], Vec (&acc)[PAGES][ROWS][VECTORS]) {
+  for (int r = 0; r < ROWS; r++) {
+    const Vec x = all(a[r * lda]);
+    for (int p = 0; p < PAGES; p++)
+      for (int v = 0; v < VECTORS; v++) acc[p][r][v] = fma(x, columns[p][v], acc[p][r][v]);
+  }
+}
+
+// The same with one row of columns from each of several places.
+template <int ROWS, int PAGES, int VECTORS>
+inline void multiply_pages(const float* a, int64_t lda, const float* const* b, int64_t ldb, int64_t k, Vec (&acc)[PAGES][ROWS][VECTORS]) {
+  for (int64_t i = 0; i < k; i++) {
+    Vec columns[PAGES][VECTORS];
+    for (int p = 0; p < PAGES; p++)
+      for (int v = 0; v < VECTORS; v++) columns[p][v] = load(b[p] + i * ldb + v * LANES);
+    add_products<ROWS>(a + i, lda, columns, acc);
+  }
+}
+
+template <int ROWS, int PAGES, int VECTORS>
+inline void multiply_pages(const float* a, int64_t lda, const uint16_t* const* b, int64_t ldb, int64_t k, Vec (&acc)[PAGES][ROWS][VECTORS]) {
+  const IntVec upper = int_all(int32_t(0xFFFF0000));
+  for (int64_t i = 0; i < k; i += 2) {
+    Vec columns[PAGES][VECTORS];
+    for (int p = 0; p < PAGES; p++)
+      for (int v = 0; v < VECTORS; v++) columns[p][v] = bits_to_float(shift_left(load_int(b[p] + i * ldb + 2 * v * LANES), 16));
+    add_products<ROWS>(a + i, lda, columns, acc);
+    for (int p = 0; p < PAGES; p++)
+      for (int v = 0; v < VECTORS; v++) columns[p][v] = bits_to_float(bit_and(load_int(b[p] + i * ldb + 2 * v * LANES), upper));
+    add_products<ROWS>(a + i + 1, lda, columns, acc);
+  }
+}
+
 inline int32_t four_bytes(const void* p) {
   int32_t x;
   std::memcpy(&x, p, 4);
@@ -247,6 +291,7 @@ inline int32_t four_bytes(const void* p) {
 template <int ROWS, int VECTORS>
 inline void multiply(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t ldb, int64_t k, Vec (&acc)[ROWS][VECTORS]) {
   for (int64_t i = 0; i < k; i += 2, b += 2 * ldb) {
+    ask_ahead<VECTORS>(b);
     __m512bh columns[VECTORS];
     for (int v = 0; v < VECTORS; v++) columns[v] = reinterpret_cast<__m512bh>(load_int(b + 2 * v * LANES));
     for (int r = 0; r < ROWS; r++) {
@@ -265,6 +310,7 @@ inline void multiply_int8(const Inputs& in, int64_t row, const int8_t* b, Vec (&
     const int8_t* a = reinterpret_cast<const int8_t*>(in.rows + row * in.stride) + g * GROUP;
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = int_all(in.offsets[(row + r) * in.groups + g]);
     for (int64_t i = 0; i < GROUP; i += 4, b += 4 * COLUMNS) {
+      ask_ahead<2>(b);
       const IntVec columns[2] = {load_int(b), load_int(b + 4 * LANES)};
       for (int r = 0; r < ROWS; r++) {
         const IntVec x = int_all(four_bytes(a + r * in.stride + i));
@@ -304,8 +350,10 @@ constexpr int tile_rows() {
 #endif
 }
 
+// Into tile [ROWS, COLUMNS]. Never inlined: what is done with the results must not take registers from the loop that makes them.
 template <Format FORMAT, int ROWS>
-inline void multiply_tile(const Inputs& in, int64_t row, int64_t k, const char* panel, Vec (&acc)[ROWS][2]) {
+[[gnu::noinline]] void multiply_tile(const Inputs& in, int64_t row, int64_t k, const char* panel, float* tile) {
+  Vec acc[ROWS][2];
   for (int r = 0; r < ROWS; r++) acc[r][0] = acc[r][1] = zero();
   const char* a = in.rows + row * in.stride;
   if constexpr (FORMAT == INT8) {
@@ -321,15 +369,19 @@ inline void multiply_tile(const Inputs& in, int64_t row, int64_t k, const char* 
     multiply<ROWS, 2>(reinterpret_cast<const Element*>(a), in.stride / int64_t(sizeof(Element)),
                       reinterpret_cast<const uint16_t*>(panel), COLUMNS, k, acc);
   }
+  for (int r = 0; r < ROWS; r++) {
+    store(tile + r * COLUMNS, acc[r][0]);
+    store(tile + r * COLUMNS + LANES, acc[r][1]);
+  }
 }
 
 // Calls emit(row, left, right) with the two vectors of every row in [row, end).
 template <Format FORMAT, int ROWS, class Emit>
 inline void multiply_rows(const Inputs& in, int64_t row, int64_t end, int64_t k, const char* panel, const Emit& emit) {
+  alignas(64) float tile[ROWS * COLUMNS];
   for (; row + ROWS <= end; row += ROWS) {
-    Vec acc[ROWS][2];
-    multiply_tile<FORMAT, ROWS>(in, row, k, panel, acc);
-    for (int r = 0; r < ROWS; r++) emit(row + r, acc[r][0], acc[r][1]);
+    multiply_tile<FORMAT, ROWS>(in, row, k, panel, tile);
+    for (int r = 0; r < ROWS; r++) emit(row + r, load(tile + r * COLUMNS), load(tile + r * COLUMNS + LANES));
   }
   if constexpr (ROWS > 1) {
     if (row < end) multiply_rows<FORMAT, ROWS - 1>(in, row, end, k, panel, emit);

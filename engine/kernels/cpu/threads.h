@@ -70,7 +70,7 @@ class Team {
       return;
     }
     for (int spins = 0; passed_.load(std::memory_order_acquire) == passed; spins++) {
-      if (spins < 2000) {
+      if (spins < 100) {
         _mm_pause();
       } else {
         sched_yield();  // the one that is missing may be waiting for this very core
