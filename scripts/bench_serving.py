@@ -120,7 +120,7 @@ class Response:
         try:
             head = await self.read_head()
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            if not was_idle or getattr(error, "partial", b""):
+            if not was_idle or (isinstance(error, asyncio.IncompleteReadError) and error.partial):
                 raise
             # The server closed a kept connection just when we took it: ask again on a new one, as every HTTP client does.
             self.connections.close()
