@@ -66,7 +66,7 @@ def octavo(precision: str, setup: Setup, port: int) -> Command:
         "float32": ("--dtype", "float32"),
         "int8": ("--quantization", "int8"),
     }[precision]
-    argv = [*octavo_command(setup.model, port, MODEL_NAME), *flags, "--kv-cache-memory-bytes", "1G"]
+    argv = [*octavo_command(setup.model, port, MODEL_NAME), *flags, "--device", "cpu", "--kv-cache-memory-bytes", "1G"]
     return Command(tuple(argv), octavo_environ())
 
 

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "threads.h"
 #include "vectors.h"
@@ -302,6 +303,10 @@ inline void multiply(const uint16_t* a, int64_t lda, const uint16_t* b, int64_t 
 }
 #endif
 
+// Row by row: with all rows' products at once GCC runs out of registers, and sums go by way of memory.
+// (Loops over float32 it makes three times slower: they fit as they are.)
+inline void keep_in_place(IntVec& left, IntVec& right) { asm volatile("" : "+v"(left), "+v"(right)); }
+
 template <int ROWS>
 inline void multiply_int8(const Inputs& in, int64_t row, const int8_t* b, Vec (&acc)[ROWS][2]) {
   for (int64_t g = 0; g < in.groups; g++) {
@@ -322,11 +327,13 @@ inline void multiply_int8(const Inputs& in, int64_t row, const int8_t* b, Vec (&
     const int16_t* a = reinterpret_cast<const int16_t*>(in.rows + row * in.stride) + g * GROUP;
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = int_zero();
     for (int64_t i = 0; i < GROUP; i += 2, b += 2 * COLUMNS) {
+      if (i % 4 == 0) ask_ahead<2>(b);
       const IntVec columns[2] = {widen_int8(b), widen_int8(b + 2 * LANES)};
       for (int r = 0; r < ROWS; r++) {
         const IntVec x = int_all(four_bytes(reinterpret_cast<const char*>(a + i) + r * in.stride));
         sums[r][0] = add_pairs(sums[r][0], columns[0], x);
         sums[r][1] = add_pairs(sums[r][1], columns[1], x);
+        keep_in_place(sums[r][0], sums[r][1]);
       }
     }
 #endif
@@ -396,6 +403,24 @@ inline void multiply_rows(const Inputs& in, int64_t row, int64_t end, int64_t k,
 
 namespace octavo {
 
+#ifndef OCTAVO_BF16
+constexpr int64_t UNPACK_ROWS = 24;  // from so many on, a panel becomes float32 once instead of for every few rows
+
+inline const char* unpack_panel(const char* panel, int64_t k) {
+  static thread_local std::vector<float> unpacked;
+  unpacked.resize(size_t(round_up(k, 2) * COLUMNS));
+  const IntVec upper = int_all(int32_t(0xFFFF0000));
+  for (int64_t i = 0; i < round_up(k, 2) * COLUMNS; i += 2 * COLUMNS) {
+    for (int64_t c = 0; c < COLUMNS; c += LANES) {
+      const IntVec pairs = load_int(panel + 2 * i + 4 * c);
+      store(&unpacked[size_t(i + c)], bits_to_float(shift_left(pairs, 16)));
+      store(&unpacked[size_t(i + COLUMNS + c)], bits_to_float(bit_and(pairs, upper)));
+    }
+  }
+  return reinterpret_cast<const char*>(unpacked.data());
+}
+#endif
+
 template <class Emit>
 inline void multiply_panel(const Linear& w, const Inputs& in, int64_t row, int64_t end, const char* panel, const Emit& emit) {
 #ifdef OCTAVO_AMX
@@ -410,7 +435,15 @@ inline void multiply_panel(const Linear& w, const Inputs& in, int64_t row, int64
 #endif
   switch (w.format) {
     case FLOAT32: multiply_rows<FLOAT32, tile_rows<FLOAT32>()>(in, row, end, w.k, panel, emit); break;
-    case BFLOAT16: multiply_rows<BFLOAT16, tile_rows<BFLOAT16>()>(in, row, end, w.k, panel, emit); break;
+    case BFLOAT16:
+#ifndef OCTAVO_BF16
+      if (end - row >= UNPACK_ROWS) {
+        multiply_rows<FLOAT32, tile_rows<FLOAT32>()>(in, row, end, w.k, unpack_panel(panel, w.k), emit);
+        break;
+      }
+#endif
+      multiply_rows<BFLOAT16, tile_rows<BFLOAT16>()>(in, row, end, w.k, panel, emit);
+      break;
     case INT8: multiply_rows<INT8, tile_rows<INT8>()>(in, row, end, w.k, panel, emit); break;
   }
 }
