@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.attention import choose
-from engine.attention.base import DeviceRows, LayerSpec, RaggedBatch, group_layers
+from engine.attention.base import AttentionNeeds, DeviceRows, LayerSpec, RaggedBatch, group_layers
 from engine.attention.sdpa import SdpaBackend
 from engine.errors import ConfigError
 from tests.engine.test_attention_backends import make_batch
@@ -55,15 +55,8 @@ class Pair:
         self.layers = [LayerSpec(i, HEADS, KV_HEADS, HEAD_DIM, 0.1, window, None, False) for i, window in enumerate(WINDOWS)]
         groups = group_layers(self.layers, block_size, 2)
         try:
-            cls, _ = choose.choose_backend(
-                name,
-                layers=self.layers,
-                groups=groups,
-                block_size=block_size,
-                dtype=torch.bfloat16,
-                device=DEVICE,
-                kv_cache_dtype=torch.bfloat16,
-            )
+            needs = AttentionNeeds(self.layers, groups, block_size, torch.bfloat16, DEVICE, torch.bfloat16)
+            cls, _ = choose.choose_backend(name, needs)
         except ConfigError as error:
             pytest.skip(error.message)
         self.backend: Any = cls(self.layers, groups, block_size, torch.bfloat16, DEVICE)
