@@ -11,11 +11,14 @@ from engine.attention.base import RaggedBatch, group_layers
 from engine.attention.hf import StepAttention
 from engine.attention.native import NativeBackend
 from engine.attention.sdpa import SdpaBackend
-from engine.config import ModelConfig
+from engine.build import build_engine
+from engine.config import CacheConfig, EngineConfig, ModelConfig
 from engine.fusion import fuse_native, pack_linears
 from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
 from engine.kernels.cpu_ops import Format
+from engine.messages import AddRequest
 from engine.model_loader import LoadedModel, load_model
+from engine.sampling_params import SamplingParams
 from engine.split_model import SplitModel
 from tests import tiny_models
 
@@ -109,3 +112,32 @@ def test_a_layer_that_differs_stays_as_it_was(
     assert fuse_native(loaded.model, loaded.layers, 128, cpu_kernels(), backend, "float32") is None
     assert "the fused layer 0 differs by" in caplog.text
     torch.testing.assert_close(logits(loaded, None), before)
+
+
+def greedy_tokens(folder: Path, **how: object) -> list[int]:
+    model = ModelConfig(model=str(folder), max_model_len=64, quantization=str(how.pop("quantization", "none")), dtype="float32")
+    core, _ = build_engine(
+        EngineConfig(model=model, cache=CacheConfig(num_kv_blocks=16), device="cpu", **how),  # type: ignore[arg-type]
+        lambda *_: None,
+    )
+    core.add(
+        AddRequest(
+            request_id="r",
+            prompt_token_ids=[5, 9, 40, 7, 11],
+            sampling=SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+        )
+    )
+    tokens: list[int] = []
+    while core.has_work:
+        for output in core.step():
+            tokens += output.token_ids
+    return tokens
+
+
+def test_an_engine_without_the_kernels_says_the_same(tmp_path: Path):
+    tiny_models.build("qwen3", tmp_path)
+    expected = greedy_tokens(tmp_path, cpu_kernels=False)
+    assert len(expected) == 24
+    assert greedy_tokens(tmp_path) == expected
+    assert greedy_tokens(tmp_path, attention_backend="sdpa") == expected
+    assert greedy_tokens(tmp_path, quantization="int8", cpu_kernels=False) == greedy_tokens(tmp_path, quantization="int8")
