@@ -82,7 +82,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     """Load the model that `config` names. Raises OctavoError where it, or the context asked for, cannot be served."""
     phases = _Phases(report)
     limits = _limits(config)
-    torch.set_num_threads(config.parallel.num_threads or _usable_cores())
+    torch.set_num_threads(config.parallel.num_threads or usable_cores())
     kernels = _load_kernels(config, limits, phases)
     with phases.phase("resolve", config.model.model):
         folder = resolve_model(config.model, report)
@@ -312,11 +312,15 @@ def _limits(config: EngineConfig) -> _Limits:
     )
 
 
-def _usable_cores() -> int:
-    """The cores this process may run on, where the system tells; all of them elsewhere."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores this process may run on, where the system tells (all of them elsewhere), and no more than its container's quota
+    pays for: threads beyond it would be stopped in the middle of a step, and the others wait for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (cgroup_root / "cpu.max").read_text().split()
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no control groups of version 2, or "max": no quota
+        return cores
 
 
 def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtype: torch.dtype, limits: _Limits) -> int:
