@@ -51,10 +51,8 @@ def fuse(model: nn.Module, layers: Sequence[LayerSpec], max_model_len: int) -> F
 
     max_model_len: positions that the rotary tables cover. Linears are merged layer by layer, so that memory does not pile up.
     """
-    decoder: Any = getattr(model, str(model.base_model_prefix))
-    unknown = sorted({type(layer).__name__ for layer in decoder.layers} - KNOWN_LAYERS)
-    if unknown:
-        logger.info("%s runs as transformers has it: no fused form is known", ", ".join(unknown))
+    decoder = _known_decoder(model)
+    if decoder is None:
         return None
     device = decoder.embed_tokens.weight.device
     skinny = SkinnyDevice.of(device) if device.type == "cuda" else None
@@ -100,10 +98,8 @@ def fuse_native(
 ) -> NativeDecoder | None:
     """`fuse` for a CPU: weights packed in `format`, and the originals' memory freed layer by layer: they work no more. Where it
     gives None they still do."""
-    decoder: Any = getattr(model, str(model.base_model_prefix))
-    unknown = sorted({type(layer).__name__ for layer in decoder.layers} - KNOWN_LAYERS)
-    if unknown:
-        logger.info("%s runs as transformers has it: no fused form is known", ", ".join(unknown))
+    decoder = _known_decoder(model)
+    if decoder is None:
         return None
     tables = _rotary_tables(decoder, max(max_model_len, _PROBE_TOKENS))
     merged: list[FusedLayer] = []
@@ -129,6 +125,16 @@ def fuse_native(
             linear.release()
     logger.info("packed the %d layers of %s in %s", len(packed), type(model).__name__, format)
     return NativeDecoder(decoder.embed_tokens, packed, Norm.of(decoder.norm), kernels)
+
+
+def _known_decoder(model: nn.Module) -> Any | None:
+    """The model's decoder; None (and a log line) where a layer of it is unknown."""
+    decoder: Any = getattr(model, str(model.base_model_prefix))
+    unknown = sorted({type(layer).__name__ for layer in decoder.layers} - KNOWN_LAYERS)
+    if unknown:
+        logger.info("%s runs as transformers has it: no fused form is known", ", ".join(unknown))
+        return None
+    return decoder
 
 
 def _table_of(tables: Mapping[str | None, RotaryTable], layer_type: str | None) -> RotaryTable:

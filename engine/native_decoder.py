@@ -6,6 +6,7 @@ embedding to the last norm.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,7 +64,7 @@ class NativeLayer:
             sin=self._address(layer.rotary.sin),
             rotary_half=layer.rotary.cos.shape[1],
             activation=ACTIVATIONS[mlp.activation],
-            attention=backend.pointer(layer.index),
+            attention=ctypes.addressof(attention),
         )
         self.kind = (attention.group, attention.num_heads, attention.window)
 

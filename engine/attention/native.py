@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -109,7 +108,3 @@ class NativeBackend:
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """See AttentionBackend. Sources are read before any target is written."""
         copy_pages(self._groups, self._pages, copies, torch.device("cpu"))
-
-    def pointer(self, layer_index: int) -> int:
-        """Address of `struct(layer_index)`."""
-        return ctypes.addressof(self._structs[layer_index])

@@ -32,7 +32,6 @@ inline float largest(Vec a) { return _mm512_reduce_max_ps(a); }
 inline IntVec int_zero() { return _mm512_setzero_si512(); }
 inline IntVec int_all(int32_t x) { return _mm512_set1_epi32(x); }
 inline IntVec load_int(const void* p) { return _mm512_loadu_si512(p); }
-inline void store_int(void* p, IntVec x) { _mm512_storeu_si512(p, x); }
 inline IntVec int_add(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
 inline IntVec int_max(IntVec a, IntVec b) { return _mm512_max_epi32(a, b); }
 inline int32_t int_largest(IntVec a) { return _mm512_reduce_max_epi32(a); }
@@ -48,7 +47,6 @@ inline IntVec add_pairs(IntVec sum, IntVec a, IntVec b) { return _mm512_add_epi3
 inline IntVec widen_int8(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline void store_low_halves(uint16_t* p, IntVec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a)); }
 inline void store_low_bytes(int8_t* p, IntVec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
-inline IntVec load_halves(const uint16_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 
 #else
 
@@ -82,7 +80,6 @@ inline float largest(Vec a) {
 inline IntVec int_zero() { return _mm256_setzero_si256(); }
 inline IntVec int_all(int32_t x) { return _mm256_set1_epi32(x); }
 inline IntVec load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline void store_int(void* p, IntVec x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 inline IntVec int_add(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
 inline IntVec int_max(IntVec a, IntVec b) { return _mm256_max_epi32(a, b); }
 inline int32_t int_largest(IntVec a) {
@@ -103,12 +100,10 @@ inline void store_low_halves(uint16_t* p, IntVec a) {
   __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_and_si256(a, _mm256_set1_epi32(0xFFFF)), _mm256_setzero_si256()), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
-inline IntVec load_halves(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
 #endif
 
 // bfloat16 is the upper half of a float32.
-inline Vec load_bf16(const uint16_t* p) { return bits_to_float(shift_left(load_halves(p), 16)); }
 inline float bf16_to_float(uint16_t x) {
   uint32_t bits = uint32_t(x) << 16;
   float y;
