@@ -199,6 +199,22 @@ class StreamTextSource:
         return self._backend.decode(self._unsent, skip_special_tokens=self._skip)
 
 
+class SpacedTextSource:
+    """Another source's text, with one space between two special tokens that follow each other. `special`: their ids."""
+
+    def __init__(self, source: TextSource, special: frozenset[int]) -> None:
+        self._source = source
+        self._special = special
+        self._after_special = False
+        self.flush = source.flush
+
+    def push(self, token_id: int) -> str:
+        is_special = token_id in self._special
+        space = " " if is_special and self._after_special else ""
+        self._after_special = is_special
+        return space + self._source.push(token_id)
+
+
 class TextDelta(NamedTuple):
     """text: new and safe to send. num_tokens: tokens consumed. stop: the stop string that was completed, if one was."""
 

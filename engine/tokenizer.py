@@ -17,7 +17,16 @@ import tokenizers
 from tokenizers import AddedToken
 
 from engine.chat_template import compile_template
-from engine.detokenizer import ByteTextSource, Detokenizer, StreamTextSource, TextDelta, TextSource, TokenBytes, check_unicode
+from engine.detokenizer import (
+    ByteTextSource,
+    Detokenizer,
+    SpacedTextSource,
+    StreamTextSource,
+    TextDelta,
+    TextSource,
+    TokenBytes,
+    check_unicode,
+)
 from engine.errors import ConfigError, InvalidRequest, ModelLoadError
 
 __all__ = ["Detokenizer", "TextDelta", "Tokenizer"]
@@ -176,6 +185,11 @@ class Tokenizer:
             param="messages",
         )
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by how the vocabulary writes it; None where there is no such token."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens included; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
@@ -193,15 +207,21 @@ class Tokenizer:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = False,
         min_tokens: int = 0,
     ) -> Detokenizer:
-        """Incremental text of what follows `prompt_token_ids`: a first " Paris" after a prompt keeps its space."""
+        """Incremental text of what follows `prompt_token_ids`: a first " Paris" after a prompt keeps its space.
+
+        spaces_between_special_tokens: one space between two neighbouring special tokens, where these are shown.
+        """
         source: TextSource
         if self._token_bytes is not None:
             skipped = self._special_ids if skip_special_tokens else frozenset()
             source = ByteTextSource(self._token_bytes, prompt_token_ids, skipped)
         else:
             source = StreamTextSource(self._backend, prompt_token_ids, skip_special_tokens)
+        if spaces_between_special_tokens and not skip_special_tokens:
+            source = SpacedTextSource(source, self._special_ids)
         return Detokenizer(source, stop=stop, include_stop_str_in_output=include_stop_str_in_output, min_tokens=min_tokens)
 
 

@@ -99,11 +99,16 @@ class ServerConfig(BaseModel):
     )
     chat_template: str | None = _setting(None, "model", "a Jinja file, or the template itself, instead of the model's own")
     generation_config: Literal["auto", "none"] = _setting("auto", "model", "none ignores the model's own sampling defaults")
+    tool_parser: str = _setting("auto", "model", "format of the model's tool calls, auto (by the chat template) or none")
+    reasoning_parser: str = _setting("auto", "model", "format of the model's reasoning, auto (by the chat template) or none")
+    embedding_pooling: Literal["mean", "last"] = _setting("mean", "model", "mean or last: which tokens make an embedding")
 
     host: str = _setting("127.0.0.1", "server", "address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 lets others in")
     port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
     api_key: Names = _setting([], "server", "key(s) of which every request but /health must bring one")
     strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
+    max_open_requests: Count = _setting(4096, "server", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
+    response_store_size: Count = _setting(1024, "server", "answers of /v1/responses kept to go on from", ge=0, le=2**31 - 1)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "server", ", ".join(LOG_LEVELS))
     shutdown_timeout_s: Number = _setting(30.0, "server", "seconds that open streams may go on after SIGTERM", ge=0, le=86400)
 

@@ -66,6 +66,25 @@ def test_special_and_unknown_tokens_in_the_middle(tokenizers: dict[str, Tokenize
             assert text == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_spaces_between_special_tokens_are_put_there_on_request_only(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = tokenizers[name]
+    words = tokenizer.encode("the capital", add_special_tokens=False)
+    eos = min(tokenizer.eos_token_ids)
+    mark = tokenizer.token_text(eos)
+    ids = [*words, eos, eos, eos, *words, eos]
+
+    def text(*, skip: bool, spaces: bool) -> str:
+        detokenizer = tokenizer.detokenizer(skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+        return "".join(detokenizer.append([token_id]).text for token_id in ids) + detokenizer.finish()
+
+    assert text(skip=True, spaces=True) == text(skip=True, spaces=False)
+    exact = text(skip=False, spaces=False)
+    assert f"{mark} {mark} {mark}" not in exact or name not in GENERATIVE
+    assert text(skip=False, spaces=True).count(f"{mark} ") >= 2
+    assert len(text(skip=False, spaces=True)) == len(exact) + 2
+
+
 @pytest.mark.parametrize("name", GENERATIVE)
 def test_first_token_keeps_its_space_after_a_prompt(tokenizers: dict[str, Tokenizer], name: str) -> None:
     tokenizer = tokenizers[name]
