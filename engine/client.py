@@ -9,7 +9,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import zmq
@@ -27,6 +27,7 @@ from engine.messages import (
     FrontendMessage,
     Hello,
     LoadProgress,
+    Pooling,
     Refused,
     RequestOutput,
     Shutdown,
@@ -52,7 +53,8 @@ class ChoiceDelta(msgspec.Struct, gc=False):
 
     finish_reason: "stop" | "length", on the last one. stop_reason: the stop string, or the caller's stop token
     id, that ended it; None for the model's own end.
-    prompt_logprobs: with the first delta of the choice, when asked for. queue_s, prefill_s: with the first one.
+    prompt_logprobs: with the first delta of the choice, when asked for. queue_s, prefill_s: with the first one; embedding too.
+    num_preemptions: with the last one.
     """
 
     choice_index: int
@@ -65,6 +67,8 @@ class ChoiceDelta(msgspec.Struct, gc=False):
     num_cached_tokens: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
+    embedding: bytes | None = None
+    num_preemptions: int = 0
 
     def extend(self, later: ChoiceDelta) -> None:
         """Take in the choice's next delta: what comes with the first one stays, the end is the later one's."""
@@ -74,6 +78,17 @@ class ChoiceDelta(msgspec.Struct, gc=False):
             self.logprobs += later.logprobs
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
+        self.num_preemptions = later.num_preemptions
+
+
+class Embedding(NamedTuple):
+    """A prompt's vector: float32, little endian, not normalised."""
+
+    vector: bytes
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    queue_s: float | None
+    prefill_s: float | None
 
 
 class _Choice:
@@ -146,7 +161,9 @@ class RequestStream:
             delta.prompt_logprobs = output.prompt_logprobs
             delta.num_cached_tokens = output.num_cached_tokens
             delta.queue_s, delta.prefill_s = output.queue_s, output.prefill_s
+            delta.embedding = output.embedding
         if delta.finish_reason is not None:
+            delta.num_preemptions = output.num_preemptions
             choice.finished = True
             self._num_unfinished -= 1
             self.finished = not self._num_unfinished
@@ -306,12 +323,13 @@ class EngineClient:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = False,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> RequestStream:
         """Queue a request; returns once the engine has accepted it. Raises InvalidRequest where it refuses."""
         if self.state != "ready":
             raise self._unavailable()
-        request_id = f"{self._client_id}:{next(self._numbers)}"
         choices = [
             _Choice(
                 self.tokenizer.detokenizer(
@@ -319,18 +337,57 @@ class EngineClient:
                     stop=stop,
                     include_stop_str_in_output=include_stop_str_in_output,
                     skip_special_tokens=skip_special_tokens,
+                    spaces_between_special_tokens=spaces_between_special_tokens,
                     min_tokens=sampling.min_tokens,
                 )
             )
             for _ in range(sampling.n)
         ]
-        stream = RequestStream(request_id, len(prompt_token_ids), choices, self._eos_token_ids, self._abandon)
+        message = AddRequest(
+            request_id=self._new_id(),
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
+        return await self._submit(message, choices)
+
+    async def embed(
+        self, prompt_token_ids: list[int], *, pooling: Pooling, cache_salt: str = "", priority: int = 0
+    ) -> Embedding:
+        """The embedding of a prompt, computed among the other requests; given up where the caller is cancelled.
+
+        Raises InvalidRequest where the engine refuses it, RequestFailed or EngineUnavailable where it gives up.
+        """
+        if self.state != "ready":
+            raise self._unavailable()
+        message = AddRequest(
+            request_id=self._new_id(),
+            prompt_token_ids=prompt_token_ids,
+            sampling=SamplingParams(max_tokens=0),
+            cache_salt=cache_salt,
+            priority=priority,
+            pooling=pooling,
+        )
+        choices = [_Choice(self.tokenizer.detokenizer())]
+        async with await self._submit(message, choices) as stream:
+            async for (delta,) in stream:
+                assert delta.embedding is not None, "the engine left out the embedding"
+                return Embedding(
+                    delta.embedding, len(prompt_token_ids), delta.num_cached_tokens, delta.queue_s, delta.prefill_s
+                )
+        raise AssertionError("a stream ends with an answer or an error")
+
+    def _new_id(self) -> str:
+        return f"{self._client_id}:{next(self._numbers)}"
+
+    async def _submit(self, message: AddRequest, choices: list[_Choice]) -> RequestStream:
+        request_id = message.request_id
+        stream = RequestStream(request_id, len(message.prompt_token_ids), choices, self._eos_token_ids, self._abandon)
         answer = asyncio.get_running_loop().create_future()
         self._streams[request_id] = stream
         self._answers[request_id] = answer
-        self._send(
-            AddRequest(request_id=request_id, prompt_token_ids=prompt_token_ids, sampling=sampling, cache_salt=cache_salt)
-        )
+        self._send(message)
         try:
             await answer
         except BaseException:  # refused, or the caller was cancelled while waiting

@@ -93,6 +93,8 @@ class EngineCore:
                     stop_token_ids=stop_token_ids,
                     cache_salt=message.cache_salt,
                     wants_prompt_logprobs=sampling.prompt_logprobs is not None and i == 0,
+                    priority=message.priority,
+                    pooling=message.pooling,
                 )
                 for i in range(sampling.n)
             ]
@@ -107,7 +109,7 @@ class EngineCore:
                 raise InvalidRequest(
                     f"the prompt has token id {token_id}, allowed are 0 to {self._vocab_size - 1}", param="prompt"
                 )
-        for param, token_ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+        for param, token_ids in sampling.token_ids().items():
             for token_id in token_ids:
                 if not 0 <= token_id < self._vocab_size:
                     raise InvalidRequest(

@@ -97,7 +97,7 @@ class KVCacheManager:
         """The longest cached prefix, leaving at least one token to compute; None: the next block is being computed by
         another request right now, so wait for it."""
         empty = PrefixHit(0, tuple([] for _ in self.groups))
-        if not self.enable_prefix_caching or request.wants_prompt_logprobs:
+        if not self.enable_prefix_caching or request.wants_prompt_logprobs or request.pooling == "mean":
             return empty
         hashes = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
         num_blocks = self._longest_hit(hashes)

@@ -6,13 +6,15 @@ Accepted, Refused, StepOutputs.  The first message about a request is Accepted o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import ERROR_CLASSES, OctavoError
 from engine.sampling_params import SamplingParams
+
+Pooling = Literal["mean", "last"]
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
@@ -50,6 +52,8 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     request_id: begins with the sending frontend's id. output_token_ids: per choice, what an earlier engine already
     produced (replay); empty for a new request. cache_salt: mixed into the prefix hashes, so that salts share nothing.
+    priority: lower ones leave the queue first. pooling: the prompt's embedding is wanted, the mean of its tokens' last hidden
+    states or that of its last token; then `sampling.max_tokens` is 0.
     """
 
     request_id: str
@@ -57,6 +61,8 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     sampling: SamplingParams
     output_token_ids: list[list[int]] = []
     cache_salt: str = ""
+    priority: int = 0
+    pooling: Pooling | None = None
 
 
 class Abort(msgspec.Struct, tag=True, frozen=True):
@@ -135,7 +141,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, 
     first_token_index: index of token_ids[0] among the choice's output, so that a repeated token is recognised.
     finish_reason: "stop" | "length" | "error" | None; stop_token_id: the token that ended it, included in token_ids.
     Set with the choice's first output only: num_cached_tokens, prompt tokens that the prefix cache served; prompt_logprobs, one
-    entry a prompt token, the first None; queue_s and prefill_s.
+    entry a prompt token, the first None; queue_s and prefill_s; embedding: float32 [hidden size], little endian, not
+    normalised. Set with the last output only: num_preemptions.
     """
 
     request_id: str
@@ -150,6 +157,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, 
     num_cached_tokens: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
+    embedding: bytes | None = None
+    num_preemptions: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,8 +5,12 @@ from __future__ import annotations
 import enum
 import itertools
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from engine.messages import TokenLogprobs
+import numpy as np
+import numpy.typing as npt
+
+from engine.messages import Pooling, TokenLogprobs
 from engine.sampling_params import SamplingParams
 
 _uids = itertools.count(1)
@@ -30,6 +34,14 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
 
 
+class TokenMatcher(Protocol):
+    """Follows a choice's tokens and knows which may come next; see `grammar`."""
+
+    def accept(self, token_id: int) -> bool:
+        """Take in the choice's next token; returns whether nothing may follow. Raises RequestFailed where it cannot go on."""
+        ...
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One choice. `token_ids` holds prompt and output; `num_computed_tokens` (positions whose keys and values are in pages or
@@ -37,7 +49,8 @@ class Request:
 
     stop_token_ids: those that end it (the model's and the user's). num_inflight_steps: scheduled, result not yet known.
     num_tokens_ahead: known tokens and those that steps in flight will bring. pending_forks: siblings that wait for this one's
-    prompt. block_hashes: chained hashes of the full blocks, as far as known.
+    prompt. block_hashes: chained hashes of the full blocks, as far as known. matcher: follows the output, where its tokens are
+    restricted by those before them. pooled: what the steps so far have brought of the embedding.
     Kept by KVCacheManager: page_capacity, positions that its block table covers; next_mark, the number of computed tokens
     from which on `mark_computed` has something to do.
     """
@@ -51,6 +64,9 @@ class Request:
     stop_token_ids: frozenset[int]
     cache_salt: str = ""
     wants_prompt_logprobs: bool = False
+    priority: int = 0
+    pooling: Pooling | None = None
+    matcher: TokenMatcher | None = None
     uid: int = field(default_factory=lambda: next(_uids))
     status: RequestStatus = RequestStatus.WAITING
     slot: int = -1
@@ -63,6 +79,7 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     pending_forks: list[Request] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: npt.NDArray[np.float32] | None = None
     arrival_time_s: float = 0.0
     first_scheduled_time_s: float | None = None
     num_tokens_ahead: int = field(init=False)

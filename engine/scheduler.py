@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase (iteration-level scheduling after Orca, OSDI '22): every request has
 `num_computed_tokens` catching up with its tokens, and each step spends one token budget over all of them. Decodes are
 served first, then prompts in order of arrival, in chunks of what is left. When pages run out, the youngest request gives
-its own back and computes them again later.
+its own back and computes them again later. Requests of lower `priority` (a smaller number goes first) leave the queue before
+others, and give up their pages after them.
 
 With a pipeline depth of 1 a step is planned while the one before runs: its tokens are counted but not yet known.
 """
@@ -17,12 +18,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from engine.errors import RequestFailed
+from engine.errors import OctavoError, RequestFailed
 from engine.kv_cache_manager import KVCacheManager, PrefixHit
 from engine.messages import EngineStats, ErrorInfo, RequestOutput, TokenLogprobs
-from engine.request import FinishReason, Request, RequestStatus
+from engine.request import FinishReason, Request, RequestStatus, TokenMatcher
 from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
 from engine.step_budget import StepBudget
+from engine.waiting_queue import WaitingQueue
 
 # Found once: looking a member up in its class for every token of every step is a large part of what a step costs.
 _RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
@@ -67,13 +69,14 @@ class Scheduler:
             max_num_mixed_tokens=max_num_mixed_tokens,
             block_size=kv_cache.block_size,
         )
-        self._waiting: deque[Request] = deque()
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []  # in order of admission: the last one is preempted first
         self._by_id: dict[str, list[Request]] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._freed_slots: list[int] = []
         self._in_flight: deque[_InFlightStep] = deque()
         self._num_steps = 0
+        self._num_matchers = 0  # of unfinished requests
         # After a step did not fit in the device's memory: whether the next may admit, and the requests that gave up their
         # place for it and have had no token since.
         self._admits = True
@@ -99,6 +102,7 @@ class Scheduler:
         for request in choices:
             assert request.max_total_tokens <= self.max_model_len, "the core refuses longer ones"
             request.arrival_time_s = now
+            self._num_matchers += request.matcher is not None
         self._by_id[choices[0].request_id] = list(choices)
         head, rest = choices[0], choices[1:]
         fresh = not any(request.num_output_tokens for request in choices) and head.sampling.max_tokens > 0
@@ -106,9 +110,10 @@ class Scheduler:
             for request in rest:
                 request.status = RequestStatus.PENDING_FORK
             head.pending_forks = rest
-            self._waiting.append(head)
+            self._waiting.add(head)
         else:
-            self._waiting.extend(choices)
+            for request in choices:
+                self._waiting.add(request)
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         """End choices without output; what they hold is free at once. Unknown ids have finished already."""
@@ -141,6 +146,18 @@ class Scheduler:
         self._num_steps += 1
         self._in_flight.append(flight)
         return step
+
+    def matchers(self) -> dict[int, TokenMatcher]:
+        """Of the step planned last: by row, what restricts the token to be sampled there. A row's forks start as it does."""
+        if not self._num_matchers:
+            return {}
+        flight = self._in_flight[-1]
+        sampled = zip(flight.step.sampled_rows, flight.sampled, strict=True)
+        return {row: r.matcher for row, r in sampled if r.matcher is not None and r.status is not _FINISHED}
+
+    def fail_row(self, row: int, error: OctavoError) -> RequestOutput:
+        """End the request of a row of the step planned last with an error."""
+        return self.fail(self._in_flight[-1].rows[row], error)
 
     def _oldest_wait_s(self, prefills: list[Request]) -> float:
         """How long the prompt that came first has been waiting, of those being computed and the next in the queue."""
@@ -200,27 +217,28 @@ class Scheduler:
         return True
 
     def _youngest_not_in(self, flight: _InFlightStep) -> Request | None:
+        """The running request without a row in this step that came last among those of the highest `priority` number."""
         planned = {*flight.rows, *flight.forked}
-        return next((r for r in reversed(self._running) if r not in planned), None)
+        return max((r for r in reversed(self._running) if r not in planned), key=lambda r: r.priority, default=None)
 
     def _admit_waiting(self, flight: _InFlightStep, budget: int) -> None:
         """Start waiting requests in order of arrival. One whose prefix is being computed by another waits, and does not
         hold up those behind it; one for which there are no pages does."""
         skipped: list[Request] = []
         while self._waiting and budget > 0 and self._free_slots:
-            request = self._waiting.popleft()
+            request = self._waiting.pop()
             hit = self.kv_cache.find_prefix(request)
             if hit is None:
                 skipped.append(request)
                 continue
             # Each running request may soon want another page; starting one more is no use if that preempts it again.
             if not self.kv_cache.can_admit(request, hit, reserve_blocks=len(self._running)):
-                self._waiting.appendleft(request)
+                skipped.append(request)
                 break
             num_new, spent = self._budget.cut(hit.num_tokens, request.num_tokens - hit.num_tokens, budget)
             self._admit(flight, request, hit, num_new)
             budget -= spent
-        self._waiting.extendleft(reversed(skipped))
+        self._waiting.add_first(skipped)
 
     def _admit(self, flight: _InFlightStep, request: Request, hit: PrefixHit, num_new: int) -> None:
         self.kv_cache.admit(request, hit)
@@ -254,6 +272,7 @@ class Scheduler:
             seed=request.seed,
             block_ids=self.kv_cache.table(request),
             stop_token_ids=tuple(request.stop_token_ids),
+            pooling=request.pooling,
         )
 
     def _add_row(self, flight: _InFlightStep, request: Request, num_new: int) -> None:
@@ -265,6 +284,8 @@ class Scheduler:
         if request.wants_prompt_logprobs and request.num_computed_tokens < request.num_prompt_tokens - 1:
             step.prompt_logprobs_rows.append(row)
         request.num_computed_tokens += num_new
+        if request.pooling == "mean" or (request.pooling and request.num_computed_tokens == request.num_prompt_tokens):
+            step.pooled_rows.append(row)
         request.num_inflight_steps += 1
         self._counts["computed_tokens"] += num_new
         flight.rows.append(request)
@@ -284,7 +305,7 @@ class Scheduler:
         for i, child in enumerate(children):
             copies = self.kv_cache.fork(parent, child) if self._free_slots else None
             if copies is None:
-                self._queue_first(children[i:])
+                self._waiting.add_first(children[i:])
                 break
             child.num_computed_tokens = child.num_prompt_tokens
             child.num_cached_tokens = parent.num_cached_tokens
@@ -295,11 +316,6 @@ class Scheduler:
             child.num_inflight_steps += 1
             child.num_tokens_ahead += 1
 
-    def _queue_first(self, requests: list[Request]) -> None:
-        for request in reversed(requests):
-            request.status = RequestStatus.WAITING
-            self._waiting.appendleft(request)
-
     def _preempt(self, request: Request) -> None:
         """Take a request's pages and slot. It queues again once the steps in flight have told its tokens."""
         self._counts["preemptions"] += 1
@@ -308,8 +324,9 @@ class Scheduler:
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.prompt_logprobs.clear()
+        request.pooled = None
         if request.num_inflight_steps == 0:
-            self._queue_first([request])
+            self._waiting.add_first([request])
 
     def _leave_slot(self, request: Request) -> None:
         self.kv_cache.free(request)
@@ -336,7 +353,11 @@ class Scheduler:
         candidates = prompts or set(flight.rows)
         victim = next(request for request in reversed(self._running) if request in candidates)
         if victim in self._did_not_fit and len(prompts) <= 1:
-            return [self._fail(victim, num_tokens)]
+            sentence = (
+                f"the device ran out of memory twice in a row with this request ({victim.num_tokens} tokens, in a step of "
+                f"{num_tokens}); the server takes larger ones with a lower gpu_memory_utilization"
+            )
+            return [self.fail(victim, RequestFailed(sentence))]
         self._did_not_fit.add(victim)
         self._preempt(victim)
         return []
@@ -358,19 +379,15 @@ class Scheduler:
             request.num_tokens_ahead -= 1
         self._counts["computed_tokens"] -= step.total_num_tokens
 
-    def _fail(self, request: Request, num_step_tokens: int) -> RequestOutput:
-        """End a request, all its choices, for want of memory."""
-        sentence = (
-            f"the device ran out of memory twice in a row with this request ({request.num_tokens} tokens, in a step of "
-            f"{num_step_tokens}); the server takes larger ones with a lower gpu_memory_utilization"
-        )
+    def fail(self, request: Request, error: OctavoError) -> RequestOutput:
+        """End a request, all its choices, with an error."""
         self.abort(request.request_id)
         return RequestOutput(
             request_id=request.request_id,
             choice_index=request.choice_index,
             first_token_index=request.num_output_tokens,
             finish_reason="error",
-            error=ErrorInfo.of(RequestFailed(sentence)),
+            error=ErrorInfo.of(error),
         )
 
     # -- take a step's result ---------------------------------------------------------------------------------------
@@ -382,6 +399,10 @@ class Scheduler:
         for row, entries in result.prompt_logprobs.items():
             if flight.rows[row].status is _RUNNING:
                 flight.rows[row].prompt_logprobs.extend(entries)
+        for row, vector in result.pooled.items():
+            request = flight.rows[row]
+            if request.status is _RUNNING:
+                request.pooled = vector if request.pooled is None else request.pooled + vector
         outputs = self._take_chunks(flight)
         sampled, num_silent = flight.sampled + flight.forked, len(outputs)
         for request, token_id, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
@@ -410,7 +431,7 @@ class Scheduler:
 
     def _requeue_if_preempted(self, request: Request) -> None:
         if request.status is RequestStatus.PREEMPTED and request.num_inflight_steps == 0:
-            self._queue_first([request])
+            self._waiting.add_first([request])
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Append a token, end the request if it is its last, and return what there is to tell."""
@@ -421,7 +442,7 @@ class Scheduler:
         elif num_tokens > request.next_mark:
             self.kv_cache.mark_computed(request, num_tokens - 1)  # the new token itself is not in a page yet
         output_index = num_tokens - 1 - request.num_prompt_tokens
-        may_end = num_tokens >= request.max_total_tokens or token_id in request.stop_token_ids
+        may_end = num_tokens >= request.max_total_tokens or token_id in request.stop_token_ids or request.matcher is not None
         if output_index and not may_end and logprobs is None:
             return RequestOutput(
                 request_id=request.request_id,
@@ -429,19 +450,29 @@ class Scheduler:
                 first_token_index=output_index,
                 token_ids=[token_id],
             )
-        reason = self._finish_reason(request, token_id)
-        output = self._output(request, [token_id], logprobs, reason)
+        stops = token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens
+        try:
+            reason = FinishReason.STOP if stops else self._finish_reason(request, token_id)
+        except RequestFailed as error:
+            return self.fail(request, error)
+        output = self._output(request, [token_id], logprobs, reason, stop_token_id=token_id if stops else None)
         if reason is not None:
             self._finish(request)
         return output
 
     def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        if token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
+        """Whether a choice ends after a token that is no stop token. Raises RequestFailed where its matcher cannot go on."""
+        if request.matcher is not None and request.matcher.accept(token_id):
             return FinishReason.STOP
         return FinishReason.LENGTH if request.num_tokens >= request.max_total_tokens else None
 
     def _output(
-        self, request: Request, token_ids: list[int], logprobs: TokenLogprobs | None, reason: FinishReason | None
+        self,
+        request: Request,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        reason: FinishReason | None,
+        stop_token_id: int | None = None,
     ) -> RequestOutput:
         first_index = request.num_output_tokens - len(token_ids)
         is_first = first_index == 0
@@ -458,10 +489,12 @@ class Scheduler:
             logprobs=None if logprobs is None else [logprobs],
             prompt_logprobs=prompt_logprobs,
             finish_reason=None if reason is None else reason.value,
-            stop_token_id=token_ids[-1] if reason is FinishReason.STOP else None,
+            stop_token_id=stop_token_id,
             num_cached_tokens=request.num_cached_tokens if is_first else 0,
             queue_s=None if scheduled_s is None else scheduled_s - request.arrival_time_s,
             prefill_s=None if scheduled_s is None else time.monotonic() - scheduled_s,
+            embedding=_embedding(request),
+            num_preemptions=0 if reason is None else request.num_preemptions,
         )
 
     def _finish(self, request: Request) -> None:
@@ -470,6 +503,7 @@ class Scheduler:
         elif request.status is RequestStatus.WAITING:
             self._waiting.remove(request)
         request.status = RequestStatus.FINISHED
+        self._num_matchers -= request.matcher is not None
         self._did_not_fit.discard(request)
         siblings = self._by_id[request.request_id]
         siblings.remove(request)
@@ -484,7 +518,7 @@ class Scheduler:
         if request.pending_forks:
             heir, *rest = request.pending_forks
             heir.pending_forks, request.pending_forks = rest, []
-            self._queue_first([heir])
+            self._waiting.add_first([heir])
 
     # -- what others may know ---------------------------------------------------------------------------------------
 
@@ -512,5 +546,13 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot is lost or taken twice"
         assert all(request.status is RequestStatus.RUNNING for request in self._running)
         assert all(request.status is RequestStatus.WAITING for request in self._waiting)
+        assert sorted(self._waiting, key=lambda request: request.priority) == list(self._waiting), "the queue is out of order"
         assert all(request.num_computed_tokens <= request.num_tokens_ahead for request in self.unfinished())
         assert all(request.num_computed_tokens <= request.page_capacity for request in self._running), "a position has no page"
+
+
+def _embedding(request: Request) -> bytes | None:
+    if request.pooled is None:
+        return None
+    vector = request.pooled / request.num_prompt_tokens if request.pooling == "mean" else request.pooled
+    return vector.astype("<f4").tobytes()

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.messages import TokenLogprobs
+from engine.messages import Pooling, TokenLogprobs
 from engine.sampling_params import SamplingParams
 
 SCRATCH_BLOCK_ID = 0
@@ -39,6 +39,7 @@ class NewRow:
 
     token_ids: all tokens known now, prompt then output. block_ids: one list a KV group, for positions from 0 on
     (SCRATCH_BLOCK_ID where a page is not needed). seed: of the choice. num_computed_tokens: positions already in the pages.
+    pooling: how the hidden states of its pooled rows are put together.
     """
 
     slot: int
@@ -49,6 +50,7 @@ class NewRow:
     seed: int
     block_ids: tuple[list[int], ...]
     stop_token_ids: tuple[int, ...] = ()
+    pooling: Pooling | None = None
 
 
 @dataclass(slots=True)
@@ -72,7 +74,7 @@ class SchedulerOutput:
     bring is the slot's last sampled token, which the device holds. new_blocks: (slot, ids to append by group), applied before
     the forward.
     sampled_rows: rows whose last position is sampled. prompt_logprobs_rows: rows that want the logprobs of the prompt tokens
-    that follow their positions.
+    that follow their positions. pooled_rows: rows whose hidden states are wanted.
     """
 
     step_id: int
@@ -85,6 +87,7 @@ class SchedulerOutput:
     sampled_rows: list[int] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
     prompt_logprobs_rows: list[int] = field(default_factory=list)
+    pooled_rows: list[int] = field(default_factory=list)
 
     @property
     def total_num_tokens(self) -> int:
@@ -93,9 +96,13 @@ class SchedulerOutput:
 
 @dataclass(slots=True)
 class HostMasks:
-    """Token masks made on the host (structured output). allowed: row of sampled_rows -> packed bits, 32 tokens a word."""
+    """Token masks made on the host, by scheduled row; they hold for the row's forks too.
 
-    allowed: dict[int, npt.NDArray[np.int32]]
+    allowed: packed bits, 32 tokens a word (structured output). banned: token ids (bad words of several tokens).
+    """
+
+    allowed: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
+    banned: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -103,13 +110,15 @@ class ModelRunnerOutput:
     """Result of one step, parallel lists: sampled rows in order, then forks in order.
 
     logprobs: None where the choice wants none. prompt_logprobs: by scheduled row, one entry a position of the chunk whose
-    following token is part of the prompt.
+    following token is part of the prompt. pooled: by pooled row, float32 [hidden size]: with "mean" the sum over the chunk's
+    positions, with "last" the chunk's last position.
     """
 
     step_id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    pooled: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 class PendingOutput(Protocol):

@@ -8,6 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.errors import OutOfDeviceMemory
 from engine.messages import TokenLogprobs
 from engine.step import SCRATCH_BLOCK_ID, HostMasks, KVGroupSpec, ModelRunnerOutput, NewRow, SchedulerOutput
@@ -15,9 +18,9 @@ from engine.step import SCRATCH_BLOCK_ID, HostMasks, KVGroupSpec, ModelRunnerOut
 VOCAB_SIZE = 97
 
 
-def next_token(context: Sequence[int], seed: int) -> int:
-    """The fake model: one token from all that came before, 3 .. VOCAB_SIZE - 1 (1 and 2 are free to be stop tokens)."""
-    return 3 + zlib.crc32(bytes(context) + seed.to_bytes(8, "little")) % (VOCAB_SIZE - 3)
+def next_token(context: Sequence[int], seed: int, allowed: Sequence[int] = range(3, VOCAB_SIZE)) -> int:
+    """The fake model: one of the allowed tokens from all that came before (1 and 2 are free to be stop tokens)."""
+    return allowed[zlib.crc32(bytes(context) + seed.to_bytes(8, "little")) % len(allowed)]
 
 
 def expected_tokens(prompt: Sequence[int], seed: int, count: int) -> list[int]:
@@ -52,7 +55,8 @@ class _Pending:
 
 @dataclass
 class FakeRunner:
-    """Results are computed at launch and handed over at wait, as a device ahead of the host would.
+    """Pages are written at launch, tokens drawn at sample and handed over at wait, as a device ahead of the host would.
+    The embedding of a chunk is the sum (or the last) of its token ids, and the number of tokens in it.
 
     out_of_memory: says of a step whether it does not fit, which `sample` tells instead of `launch` with fails_late.
     idle_work: pieces of it that are left.
@@ -69,7 +73,7 @@ class FakeRunner:
     def __post_init__(self) -> None:
         self._pages: list[dict[tuple[int, int], int]] = [{} for _ in self.groups]
         self._slots: dict[int, _Slot] = {}
-        self._results: deque[ModelRunnerOutput] = deque()
+        self._launched: deque[SchedulerOutput] = deque()
         self._fits = True
 
     def launch(self, step: SchedulerOutput) -> None:
@@ -77,14 +81,23 @@ class FakeRunner:
         self._fits = not self.out_of_memory(step)
         if self._fits:
             self._compute(step)
+            self._launched.append(step)
         elif not self.fails_late:
             raise OutOfDeviceMemory("a step does not fit")
 
     def sample(self, masks: HostMasks | None) -> _Pending:
-        assert masks is None
         if not self._fits:
             raise OutOfDeviceMemory("sampling a step does not fit")
-        return _Pending(self._results.popleft())
+        step, masks = self._launched.popleft(), masks or HostMasks()
+        tokens = [self._sample(self._slots[step.slots[row]], step, row, masks) for row in step.sampled_rows]
+        for fork in step.forks:
+            slot = self._slots[fork.row.slot]
+            tokens.append(self._next(slot, len(slot.tokens), _allowed(masks, fork.parent_row)))
+        slots = [step.slots[row] for row in step.sampled_rows] + [fork.row.slot for fork in step.forks]
+        for slot_id, token in zip(slots, tokens, strict=True):
+            self._slots[slot_id].tokens.append(token)
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        return _Pending(ModelRunnerOutput(step.step_id, tokens, logprobs, self._prompt_logprobs(step), self._pooled(step)))
 
     def idle(self) -> bool:
         self.idle_work = max(0, self.idle_work - 1)
@@ -104,18 +117,11 @@ class FakeRunner:
         self.num_computed += step.total_num_tokens
         for slot, start, count in zip(step.slots, step.start_positions, step.num_tokens, strict=True):
             self._write(self._slots[slot], start, count)
-        tokens = [self._sample(self._slots[step.slots[row]], step, row) for row in step.sampled_rows]
         for fork in step.forks:
             for g, source, target in fork.block_copies:
                 for offset in range(self.block_size):
                     if (source, offset) in self._pages[g]:
                         self._pages[g][target, offset] = self._pages[g][source, offset]
-            slot = self._slots[fork.row.slot]
-            tokens.append(self._next(slot, len(slot.tokens)))
-        self._results.append(ModelRunnerOutput(step.step_id, tokens, [None] * len(tokens), self._prompt_logprobs(step)))
-        slots = [step.slots[row] for row in step.sampled_rows] + [fork.row.slot for fork in step.forks]
-        for slot_id, token in zip(slots, tokens, strict=True):
-            self._slots[slot_id].tokens.append(token)
 
     def _fill(self, row: NewRow) -> None:
         assert row.slot not in self._slots, "a slot was filled twice"
@@ -128,15 +134,15 @@ class FakeRunner:
                 assert table[block] != SCRATCH_BLOCK_ID, "a token of a request was written to the scratch page"
                 pages[table[block], offset] = slot.tokens[position]
 
-    def _sample(self, slot: _Slot, step: SchedulerOutput, row: int) -> int:
-        return self._next(slot, step.start_positions[row] + step.num_tokens[row])
+    def _sample(self, slot: _Slot, step: SchedulerOutput, row: int, masks: HostMasks) -> int:
+        return self._next(slot, step.start_positions[row] + step.num_tokens[row], _allowed(masks, row))
 
-    def _next(self, slot: _Slot, length: int) -> int:
+    def _next(self, slot: _Slot, length: int, allowed: Sequence[int]) -> int:
         for spec, pages, table in zip(self.groups, self._pages, slot.tables, strict=True):
             first = 0 if spec.window is None else max(0, length - spec.window)
             read = [pages.get((table[p // self.block_size], p % self.block_size)) for p in range(first, length)]
             assert read == slot.tokens[first:length], "the pages do not hold what this request computed"
-        return next_token(slot.tokens[:length], slot.row.seed)
+        return next_token(slot.tokens[:length], slot.row.seed, allowed)
 
     def _prompt_logprobs(self, step: SchedulerOutput) -> dict[int, list[TokenLogprobs]]:
         entries = {}
@@ -145,3 +151,20 @@ class FakeRunner:
             stop = min(start + step.num_tokens[row], slot.row.num_prompt_tokens - 1)
             entries[row] = [TokenLogprobs(-float(slot.tokens[p + 1]), 1, [], []) for p in range(start, stop)]
         return entries
+
+    def _pooled(self, step: SchedulerOutput) -> dict[int, npt.NDArray[np.float32]]:
+        pooled = {}
+        for row in step.pooled_rows:
+            slot, start = self._slots[step.slots[row]], step.start_positions[row]
+            chunk = slot.tokens[start : start + step.num_tokens[row]]
+            chosen = chunk if slot.row.pooling == "mean" else chunk[-1:]
+            pooled[row] = np.array([sum(chosen), len(chosen)], dtype=np.float32)
+        return pooled
+
+
+def _allowed(masks: HostMasks, row: int) -> list[int]:
+    """The token ids that may be drawn in a row. A mask may let through what the fake model would not say."""
+    words = masks.allowed.get(row)
+    known = range(3, VOCAB_SIZE) if words is None else [i for i in range(VOCAB_SIZE) if int(words[i // 32]) >> i % 32 & 1]
+    banned = masks.banned.get(row, ())
+    return [token_id for token_id in known if token_id not in banned]

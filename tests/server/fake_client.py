@@ -7,18 +7,20 @@ from collections.abc import AsyncIterator, Sequence
 from typing import cast
 
 import httpx
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.client import ChoiceDelta, EngineClient
+from engine.client import ChoiceDelta, Embedding, EngineClient
 from engine.errors import OctavoError
-from engine.messages import EngineReady, EngineStats, LoadProgress, TokenLogprobs
+from engine.messages import EngineReady, EngineStats, LoadProgress, Pooling, TokenLogprobs
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from server.app import create_app
 from server.config import ServerConfig
 
 CONTEXT = 64
+HIDDEN_SIZE = 8
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -72,6 +74,9 @@ class FakeStream:
                     finish_reason=reason if index >= len(script) - 1 else None,
                     prompt_logprobs=self._prompt_logprobs() if index == choice == 0 else None,
                     num_cached_tokens=self._client.num_cached_tokens if index == 0 else 0,
+                    queue_s=0.25 if index == 0 else None,
+                    prefill_s=0.5 if index == 0 else None,
+                    num_preemptions=self._client.num_preemptions if index >= len(script) - 1 else 0,
                 )
                 for choice in range(sampling.n)
             ]
@@ -91,7 +96,8 @@ class FakeStream:
 
 
 class FakeEngineClient:
-    """script: the tokens of every answer. gate, accepting: cleared, streams or `generate` wait.
+    """script: the tokens of every answer. gate, accepting: cleared, streams or `generate` wait. prompts, sampling, stops and
+    options: of every `generate`; embedded: the prompts and options of every `embed`.
 
     refusal: raised by `generate` once there are `refuse_after` streams. fail_after: tokens before `stream_error` is raised.
     """
@@ -112,10 +118,13 @@ class FakeEngineClient:
         self.fail_after: int | None = None
         self.stream_error: Exception = OctavoError("never raised")
         self.num_cached_tokens = 0
+        self.num_preemptions = 0
         self.streams: list[FakeStream] = []
         self.sampling: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
         self.stops: list[list[str]] = []
+        self.options: list[dict[str, object]] = []
+        self.embedded: list[tuple[list[int], dict[str, object]]] = []
         self.ready: EngineReady | None = EngineReady(
             model_dir="/nowhere",
             architecture="FakeForCausalLM",
@@ -144,18 +153,42 @@ class FakeEngineClient:
         stop: Sequence[str] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = False,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> FakeStream:
-        await self.accepting.wait()
-        await asyncio.sleep(0)
-        if self.refusal is not None and len(self.streams) >= self.refuse_after:
-            raise self.refusal
+        await self._admit(self.streams)
+        self.options.append(
+            {
+                "include_stop_str_in_output": include_stop_str_in_output,
+                "skip_special_tokens": skip_special_tokens,
+                "spaces_between_special_tokens": spaces_between_special_tokens,
+                "cache_salt": cache_salt,
+                "priority": priority,
+            }
+        )
         self.prompts.append(prompt_token_ids)
         self.sampling.append(sampling)
         self.stops.append(list(stop))
         stream = FakeStream(self, prompt_token_ids, sampling)
         self.streams.append(stream)
         return stream
+
+    async def embed(
+        self, prompt_token_ids: list[int], *, pooling: Pooling, cache_salt: str = "", priority: int = 0
+    ) -> Embedding:
+        """How often each id occurs in the prompt, modulo the vector's size; "last": of the last token alone."""
+        await self._admit(self.embedded)
+        self.embedded.append((prompt_token_ids, {"pooling": pooling, "cache_salt": cache_salt, "priority": priority}))
+        pooled = prompt_token_ids if pooling == "mean" else prompt_token_ids[-1:]
+        vector = np.bincount(np.array(pooled) % HIDDEN_SIZE, minlength=HIDDEN_SIZE).astype("<f4")
+        return Embedding(vector.tobytes(), len(prompt_token_ids), self.num_cached_tokens, 0.25, 0.5)
+
+    async def _admit(self, admitted: Sequence[object]) -> None:
+        await self.accepting.wait()
+        await asyncio.sleep(0)
+        if self.refusal is not None and len(admitted) >= self.refuse_after:
+            raise self.refusal
 
     def http(self, config: ServerConfig | None = None) -> httpx.AsyncClient:
         """An HTTP client of an application around this engine client."""
