@@ -98,6 +98,7 @@ class EngineReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     dtype: str
     attention_backend: str
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int

@@ -73,6 +73,7 @@ def make_ready(folder: str, vocab_size: int) -> EngineReady:
         dtype="none",
         attention_backend="none",
         vocab_size=vocab_size,
+        hidden_size=1,
         max_model_len=CONTEXT,
         max_num_seqs=4096,
         max_num_batched_tokens=CONTEXT,

@@ -35,6 +35,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         dtype="float32",
         attention_backend="fake",
         vocab_size=VOCAB_SIZE,
+        hidden_size=2,
         max_model_len=CONTEXT,
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=MAX_BATCHED,

@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "native_decoder",
         "fusion",
         "step_feed",
+        "token_masks",
         "input_batch",
         "sampler",
         "pooler",

@@ -132,6 +132,7 @@ class FakeEngineClient:
             dtype="float32",
             attention_backend="fake",
             vocab_size=self.tokenizer.vocab_size,
+            hidden_size=HIDDEN_SIZE,
             max_model_len=CONTEXT,
             max_num_seqs=8,
             max_num_batched_tokens=64,
