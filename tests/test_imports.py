@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "fusion",
         "step_feed",
         "token_masks",
+        "sampling_slots",
         "input_batch",
         "sampler",
         "pooler",
