@@ -23,6 +23,18 @@ class Unauthorized(OctavoError):
     default_code = "invalid_api_key"
 
 
+class NotFound(OctavoError):
+    """A path names an object that this server does not have, or no longer (404)."""
+
+    default_code = "not_found"
+
+
+class TooManyRequests(OctavoError):
+    """As many requests are open as this server takes (429)."""
+
+    default_code = "rate_limit_exceeded"
+
+
 class BodyTooLarge(OctavoError):
     """The request's body is more than this server reads (413)."""
 
@@ -38,10 +50,13 @@ _TABLE: tuple[tuple[type[OctavoError], int, str], ...] = (
     (InvalidRequest, 400, "invalid_request_error"),
     (Unauthorized, 401, "invalid_request_error"),
     (ModelNotFound, 404, "invalid_request_error"),
+    (NotFound, 404, "invalid_request_error"),
     (BodyTooLarge, 413, "invalid_request_error"),
+    (TooManyRequests, 429, "rate_limit_error"),
     (EngineUnavailable, 503, "service_unavailable_error"),
     (RequestFailed, 500, "server_error"),
 )
+_RETRY_AFTER_S = {429: 1, 503: 2}
 _HTTP_MESSAGES = {
     404: ("There is no such path; see /docs for those there are.", "not_found"),
     405: ("This path does not take this method; see /docs.", "method_not_allowed"),
@@ -69,8 +84,8 @@ def error_event_body(error: Exception) -> bytes:
 def octavo_error_response(error: OctavoError) -> Response:
     status, kind = status_and_type(error)
     headers: Mapping[str, str] = {}
-    if status == 503:
-        headers = {"Retry-After": "2"}
+    if status in _RETRY_AFTER_S:
+        headers = {"Retry-After": str(_RETRY_AFTER_S[status])}
     elif status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
     body = error_body(error.message, kind, error.param, error.code)

@@ -24,9 +24,10 @@ _PING = ServerSentEvent(comment="waiting", sep="\n").encode()
 _encode_text = msgspec.json.Encoder().encode
 
 
-def event(data: bytes) -> bytes:
-    """One event around JSON that is already encoded (so without line breaks)."""
-    return b"data: " + data + b"\n\n"
+def event(data: bytes, name: str | None = None) -> bytes:
+    """One event around JSON that is already encoded (so without line breaks). name: its type, for clients that listen by type."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + data + b"\n\n"
 
 
 class EventTemplate:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from engine.errors import InvalidRequest
@@ -32,11 +35,27 @@ _JSON_TYPES = {
 class RequestBody(BaseModel):
     """Base of the request types. Types are taken strictly ("0.5" is no number, true is no integer).
 
-    UNSUPPORTED: known fields of the API that are not built yet -> values that ask for nothing, and so are accepted.
+    UNSUPPORTED: known fields of the API that are refused -> values that ask for nothing, and so are accepted.
+    WITHOUT_EFFECT: known fields that are accepted, and change nothing here; declared nowhere else, they may hold anything.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, value: object) -> object:
+        return without_nulls(value) if isinstance(value, dict) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """With the fields that have no effect, for the document at /docs."""
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).setdefault("properties", {})
+        for name in sorted(cls.WITHOUT_EFFECT):
+            properties.setdefault(name, {"title": name, "description": "Accepted without effect."})
+        return schema
 
 
 Body = TypeVar("Body", bound=RequestBody)
@@ -75,39 +94,46 @@ def without_nulls(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def validate(body_type: type[Body], data: dict[str, Any], *, strict: bool) -> tuple[Body, dict[str, str]]:
-    """The request, and the response header that lists fields nobody knows ({} without any).
+    """The request, and the response header that lists fields that change nothing ({} without any): unknown ones, and those
+    of WITHOUT_EFFECT.
 
-    Raises InvalidRequest for wrong types, for fields not supported yet, and with `strict` for unknown ones.
+    Raises InvalidRequest for wrong types, for fields that are not supported, and with `strict` for unknown ones.
     """
     try:
         body = body_type.model_validate(data)
     except ValidationError as error:
         raise _invalid_request(error) from None
-    for name, neutral in body_type.UNSUPPORTED.items():
-        if name in data and data[name] not in neutral:
-            raise InvalidRequest(f"{name} is not supported yet.", param=name, code="unsupported_parameter")
-    unknown = [path for path in _unknown_fields(body, "") if path not in body_type.UNSUPPORTED]
-    if not unknown:
+    ignored = []
+    for owner, path, name, value in _undeclared_fields(body, ""):
+        if name in owner.UNSUPPORTED:
+            if value not in owner.UNSUPPORTED[name]:
+                raise InvalidRequest(f"{path} is not supported.", param=path, code="unsupported_parameter")
+            continue
+        if strict and name not in owner.WITHOUT_EFFECT:
+            hint = nearest(name, type(owner).model_fields)
+            raise InvalidRequest(f"Unknown field {path}{hint}.", param=path, code="unknown_field")
+        ignored.append(path)
+    if not ignored:
         return body, {}
-    names = [_safe_name(path) for path in unknown[:MAX_LISTED_FIELDS]]
-    if strict:
-        hint = nearest(names[0], body_type.model_fields)
-        raise InvalidRequest(f"Unknown field {names[0]}{hint}.", param=names[0], code="unknown_field")
-    if len(unknown) > MAX_LISTED_FIELDS:
-        names.append(f"+{len(unknown) - MAX_LISTED_FIELDS} more")
-    return body, {IGNORED_FIELDS_HEADER: ", ".join(names)}
+    listed = ignored[:MAX_LISTED_FIELDS]
+    if len(ignored) > MAX_LISTED_FIELDS:
+        listed.append(f"+{len(ignored) - MAX_LISTED_FIELDS} more")
+    return body, {IGNORED_FIELDS_HEADER: ", ".join(listed)}
 
 
-def _unknown_fields(body: BaseModel, prefix: str) -> list[str]:
-    found = [prefix + name for name in body.model_extra or ()]
+def _undeclared_fields(body: RequestBody, prefix: str) -> Iterator[tuple[RequestBody, str, str, Any]]:
+    """(object, path, name, value) of every field that is given and that its type does not declare; null is not given."""
+    for name, value in (body.model_extra or {}).items():
+        if value is not None:
+            yield body, _safe_name(prefix + name), name, value
     for name in body.model_fields_set & type(body).model_fields.keys():
         value = getattr(body, name)
-        if isinstance(value, BaseModel):
-            found += _unknown_fields(value, f"{prefix}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        if isinstance(value, RequestBody):
+            yield from _undeclared_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], RequestBody):
             for index, item in enumerate(value):
-                found += _unknown_fields(item, f"{prefix}{name}[{index}].")
-    return found
+                if isinstance(item, RequestBody):
+                    yield from _undeclared_fields(item, f"{prefix}{name}[{index}].")
 
 
 def _safe_name(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
@@ -21,7 +20,7 @@ from engine.tokenizer import Tokenizer
 from server.api.body import RequestBody, json_type, read_json_object, validate, without_nulls
 from server.api.generation import Generation, Prompt, Usage, in_thread_if_long
 from server.api.logprobs import ChatLogprobs, chat_logprobs
-from server.api.sampling import GenerationRequest, Integer, check_vocabulary, output_limit
+from server.api.sampling import GenerationRequest, Integer, answer_id, check_vocabulary, output_limit
 from server.disconnect import unless_disconnected
 from server.errors import error_event_body
 from server.sse import DONE, EventStream, EventTemplate, event
@@ -196,7 +195,7 @@ class _Answer:
 
     def __init__(self, body: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         self.body = body
-        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._id = answer_id("chatcmpl", body.request_id)
         self._created = int(time.time())
         self._model = model
         self._tokenizer = tokenizer
@@ -215,7 +214,7 @@ class _Answer:
         token_ids = await _tokenize(body, tokenizer)
         check_vocabulary(token_ids, ready.vocab_size, "messages")
         limit = output_limit(len(token_ids), asked, None, ready, param)
-        sampling = body.sampling_params(ready, max_tokens=limit, logprobs=num_logprobs)
+        sampling = body.sampling_params(ready, tokenizer, max_tokens=limit, n=body.n, logprobs=num_logprobs)
         answer = cls(body, model, tokenizer)
         start = Generation.start(state, answer._id, [Prompt(token_ids, None, sampling)], body, arrival)
         answer.generation = await unless_disconnected(request.receive, start)

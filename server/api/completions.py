@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from engine.tokenizer import Tokenizer
 from server.api.body import json_type, read_json_object, validate
 from server.api.generation import Generation, Prompt, Usage, in_thread_if_long
 from server.api.logprobs import LegacyLogprobs, LegacyLogprobsBuilder
-from server.api.sampling import GenerationRequest, Integer, check_vocabulary, output_limit
+from server.api.sampling import GenerationRequest, Integer, answer_id, check_vocabulary, output_limit
 from server.disconnect import unless_disconnected
 from server.errors import error_event_body
 from server.sse import DONE, EventStream, EventTemplate, event
@@ -133,7 +132,7 @@ class _Answer:
 
     def __init__(self, body: CompletionRequest, model: str, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
         self.body = body
-        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._id = answer_id("cmpl", body.request_id)
         self._created = int(time.time())
         self._model = model
         self._tokenizer = tokenizer
@@ -158,7 +157,12 @@ class _Answer:
         for token_ids, text in await _tokenize(body, tokenizer, ready):
             limit = output_limit(len(token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, ready, "max_tokens")
             sampling = body.sampling_params(
-                ready, max_tokens=limit, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
+                ready,
+                tokenizer,
+                max_tokens=limit,
+                n=body.n,
+                logprobs=body.logprobs,
+                prompt_logprobs=body.logprobs if body.echo else None,
             )
             prompts.append(Prompt(token_ids, text, sampling))
         answer = cls(body, model, tokenizer, prompts)

@@ -12,7 +12,7 @@ import msgspec
 
 from engine.client import ChoiceDelta, RequestStream
 from engine.sampling_params import SamplingParams
-from server.api.sampling import GenerationRequest
+from server.api.sampling import SamplingRequest
 from server.metrics import Metrics
 from server.state import ServerState
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("octavo.server")
 
 # A text longer than this is tokenized in a thread, so that the other streams are not held up (about 2 ms on the loop).
 LONG_TEXT_CHARS = 8192
+TIME_DIGITS = 6
 
 Result = TypeVar("Result")
 
@@ -36,11 +37,33 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
-class Usage(msgspec.Struct):
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
+class Explanation(msgspec.Struct):
+    """What became of a request, for `explain: true`. Of several prompts: the longest times, and the sums of the numbers.
+
+    queue_s: until the engine took it up. prefill_s: from then until its first token. ttft_s: from the request's arrival to its
+    first token, None where none was asked for. seed: repeats the answer; one a prompt where they differ.
+    """
+
+    queue_s: float | None
+    prefill_s: float | None
+    ttft_s: float | None
+    total_s: float
+    cached_tokens: int
+    preemptions: int
+    seed: int | list[int]
+
+
+class Usage(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
+    octavo: Explanation | None = None
 
 
 async def in_thread_if_long(num_chars: int, function: Callable[[], Result]) -> Result:
@@ -58,6 +81,12 @@ class Generation:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
+        self._num_reasoning_tokens: int | None = None
+        self._num_preemptions = 0
+        self._queue_s: float | None = None
+        self._prefill_s: float | None = None
+        self._explains = False
+        self._seeds: list[int] = []
         self._num_choices = 0
         self._finish_reasons: list[str] = []
         self._ttft_s: float | None = None
@@ -67,10 +96,12 @@ class Generation:
 
     @classmethod
     async def start(
-        cls, state: ServerState, request_id: str, prompts: Sequence[Prompt], body: GenerationRequest, arrival: float
+        cls, state: ServerState, request_id: str, prompts: Sequence[Prompt], body: SamplingRequest, arrival: float
     ) -> Generation:
         """Raises the engine's refusal of any of the prompts; then none of them is left running."""
         generation = cls(request_id, state.metrics, arrival)
+        generation._explains = body.explain
+        generation._seeds = list(dict.fromkeys(prompt.sampling.seed for prompt in prompts))
         stop = body.stop_strings()
         requests = [
             state.client.generate(
@@ -79,7 +110,9 @@ class Generation:
                 stop=stop,
                 include_stop_str_in_output=body.include_stop_str_in_output,
                 skip_special_tokens=body.skip_special_tokens,
+                spaces_between_special_tokens=body.spaces_between_special_tokens,
                 cache_salt=body.cache_salt,
+                priority=body.priority,
             )
             for prompt in prompts
         ]
@@ -113,11 +146,32 @@ class Generation:
         if len(self._streams) == 1:
             self._streams[0].shortcut = shortcut
 
+    def count_reasoning(self, num_tokens: int) -> None:
+        """So many of the output tokens were reasoning; 0 says that it would have been seen."""
+        self._num_reasoning_tokens = (self._num_reasoning_tokens or 0) + num_tokens
+
     def usage(self) -> Usage:
         """Of all prompts and choices, as far as they have come."""
-        total = self._num_prompt_tokens + self._num_output_tokens
-        details = PromptTokensDetails(self._num_cached_tokens)
-        return Usage(self._num_prompt_tokens, self._num_output_tokens, total, details)
+        reasoning = self._num_reasoning_tokens
+        return Usage(
+            self._num_prompt_tokens,
+            self._num_output_tokens,
+            self._num_prompt_tokens + self._num_output_tokens,
+            PromptTokensDetails(self._num_cached_tokens),
+            None if reasoning is None else CompletionTokensDetails(reasoning),
+            self._explanation() if self._explains else None,
+        )
+
+    def _explanation(self) -> Explanation:
+        return Explanation(
+            queue_s=_rounded(self._queue_s),
+            prefill_s=_rounded(self._prefill_s),
+            ttft_s=_rounded(self._ttft_s),
+            total_s=round(time.monotonic() - self._arrival, TIME_DIGITS),
+            cached_tokens=self._num_cached_tokens,
+            preemptions=self._num_preemptions,
+            seed=self._seeds[0] if len(self._seeds) == 1 else self._seeds,
+        )
 
     def close(self) -> None:
         """Aborts what has not finished, and accounts for the request. May be called again."""
@@ -148,10 +202,13 @@ class Generation:
         for delta in deltas:
             if delta.finish_reason is not None:
                 self._finish_reasons.append(delta.finish_reason)
+                self._num_preemptions += delta.num_preemptions
             key = (prompt_index, delta.choice_index)
             previous = self._last_output.get(key)
             if previous is None and delta.choice_index == 0:
                 self._num_cached_tokens += delta.num_cached_tokens
+                self._queue_s = _longer(self._queue_s, delta.queue_s)
+                self._prefill_s = _longer(self._prefill_s, delta.prefill_s)
             if previous is None or delta.token_ids:
                 self._last_output[key] = now
             if not delta.token_ids:
@@ -162,6 +219,14 @@ class Generation:
                 self._metrics.observe_first_token(self._ttft_s)
             elif previous is not None:
                 self._metrics.observe_inter_token(now - previous)
+
+
+def _longer(one: float | None, other: float | None) -> float | None:
+    return max((seconds for seconds in (one, other) if seconds is not None), default=None)
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, TIME_DIGITS)
 
 
 async def _all_or_none(requests: Sequence[Coroutine[Any, Any, RequestStream]]) -> list[RequestStream]:

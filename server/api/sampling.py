@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field, WithJsonSchema
 
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.messages import EngineReady
-from engine.sampling_params import MAX_SEED, SamplingParams
-from server.api.body import RequestBody, json_type, without_nulls
+from engine.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SEED, SamplingParams, StructuredSpec
+from engine.tokenizer import Tokenizer
+from server.api.body import RequestBody, json_type
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
+DRAWN_SEED_BITS = 53
 
 # Bounds that every engine integer fits in; the meaningful ranges are SamplingParams' own.
 Integer = Annotated[int, Field(ge=-(2**63), le=MAX_SEED)]
+Priority = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 StopStrings = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]
 
 # OpenAI's names and vLLM's, in their order of the ladder below.
@@ -34,11 +38,17 @@ _WITH_MODEL_DEFAULTS: dict[str, float] = {
 
 
 class StreamOptions(RequestBody):
+    """include_usage: a last chunk with the usage. continuous_usage_stats: the whole request's usage so far in every chunk."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"include_obfuscation"})
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
-class GenerationRequest(RequestBody):
-    """Fields of both endpoints. A default here only says what a field means when the model has no default of its own."""
+class SamplingRequest(RequestBody):
+    """How tokens are chosen and shown: what every endpoint that generates takes. A default here only says what a field means
+    when the model has no default of its own."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "response_format": ({"type": "text"},),
@@ -48,50 +58,49 @@ class GenerationRequest(RequestBody):
         "guided_choice": (),
         "guided_grammar": (),
         "logits_processors": ([],),
-        "bad_words": ([],),
-        "allowed_token_ids": ([],),
-        "prompt_logprobs": (),
         "prompt_embeds": (),
         "use_beam_search": (False,),
-        "truncate_prompt_tokens": (),
+        "length_penalty": (1, 1.0),
     }
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(
+        {
+            "metadata",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+        }
+    )
 
     model: str | None = None
-    n: Integer = 1
-    max_tokens: Integer | None = None
     min_tokens: Integer = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: Integer = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = {}
+    allowed_token_ids: list[Integer] | None = None
+    bad_words: list[BadWord] = Field(default=[], max_length=MAX_BAD_WORDS // 2)
     seed: Integer | None = None
     stop: StopStrings = ()
     stop_token_ids: list[Integer] = Field(default=[], max_length=MAX_STOP_TOKEN_IDS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = False
+    truncate_prompt_tokens: Integer | None = None
+    priority: Priority = 0
     cache_salt: str = Field(default="", max_length=256)
+    request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    explain: bool = False
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str = ""
-
-    @field_validator("stream_options", mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: object) -> object:
-        return without_nulls(value) if isinstance(value, dict) else value
-
-    @property
-    def include_usage(self) -> bool:
-        """Raises InvalidRequest when `stream_options` comes without `stream`."""
-        if self.stream_options is None:
-            return False
-        if not self.stream:
-            raise InvalidRequest("stream_options is allowed only with stream: true.", param="stream_options")
-        return self.stream_options.include_usage
 
     def stop_strings(self) -> list[str]:
         """`stop` as a list. Raises InvalidRequest."""
@@ -106,25 +115,41 @@ class GenerationRequest(RequestBody):
                 raise InvalidRequest(f"stop[{index}] must be a string that is not empty, got {got}.", param="stop")
         return given
 
+    def draw_seed(self) -> int:
+        """The seed given, else a random one; that has no more bits than a JavaScript client can read and send back."""
+        return secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else self.seed & MAX_SEED
+
     def sampling_params(
-        self, ready: EngineReady, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        ready: EngineReady,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int,
+        n: int = 1,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        structured: StructuredSpec | None = None,
     ) -> SamplingParams:
         """Each field from the request, else from the model's generation config, else OpenAI's. Raises InvalidRequest."""
         chosen = self._with_model_defaults(ready.generation_defaults)
         sampling = SamplingParams(
-            seed=secrets.randbits(64) if self.seed is None else self.seed & MAX_SEED,
-            n=self.n,
+            seed=self.draw_seed(),
+            n=n,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
+            typical_p=self.typical_p,
             logit_bias=self._parse_logit_bias(),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words=tuple(_bad_word_ids(self.bad_words, tokenizer)),
+            structured=structured,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             **chosen,
         )
-        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
-            check_vocabulary(list(ids), ready.vocab_size, name)
+        for name, ids in sampling.token_ids().items():
+            check_vocabulary(ids, ready.vocab_size, name)
         return sampling
 
     def _with_model_defaults(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,11 +168,76 @@ class GenerationRequest(RequestBody):
         return {int(key): bias for key, bias in self.logit_bias.items()}
 
 
+class GenerationRequest(SamplingRequest):
+    """What completions and chat take beyond that."""
+
+    n: Integer = 1
+    max_tokens: Integer | None = None
+    prompt_logprobs: Integer | None = None
+    return_token_ids: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage. Raises InvalidRequest when `stream_options` comes without `stream`."""
+        if self.stream_options is None:
+            return self.explain
+        if not self.stream:
+            raise InvalidRequest("stream_options is allowed only with stream: true.", param="stream_options")
+        return self.stream_options.include_usage or self.explain
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+def answer_id(prefix: str, request_id: str | None) -> str:
+    """`<prefix>-<the id given, or a random one>`."""
+    return f"{prefix}-{request_id or secrets.token_hex(12)}"
+
+
+def check_logprobs(value: int | None, param: str) -> None:
+    """Raises InvalidRequest for a number of logprobs that the engine does not give."""
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise InvalidRequest(f"{param} must be between 0 and {MAX_LOGPROBS}, got {value}.", param=param)
+
+
+def _bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Every way to write each word: at the beginning of a text and after a space, which are other tokens.
+
+    What ends in a token that is itself a bad word needs no mention.
+    """
+    texts = dict.fromkeys(text for word in words for text in (word, f" {word.lstrip()}" if word.strip() else word))
+    sequences = dict.fromkeys(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts)
+    single = {ids[0] for ids in sequences if len(ids) == 1}
+    return [ids for ids in sequences if len(ids) == 1 or ids[-1] not in single]
+
+
 def check_vocabulary(token_ids: list[int], vocab_size: int, param: str) -> None:
     """Raises InvalidRequest for an id that the model has no token for."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequest(f"{param} holds token id {wrong}; ids are 0 to {vocab_size - 1}.", param=param)
+
+
+def truncate_prompt(
+    token_ids: list[int], keep: int | None, asked: int | None, default: int | None, ready: EngineReady
+) -> list[int]:
+    """The last `keep` tokens; with -1 as many as leave room for the output asked for. Raises InvalidRequest.
+
+    asked, default: as for `output_limit`.
+    """
+    if keep is None:
+        return token_ids
+    if keep == -1:
+        wanted = asked if asked is not None else default or 1
+        keep = max(1, ready.max_model_len - max(wanted, 0))
+    elif keep < 1:
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must be at least 1, or -1 for as many as fit, got {keep}.", param="truncate_prompt_tokens"
+        )
+    return token_ids[-keep:]
 
 
 def output_limit(num_prompt_tokens: int, asked: int | None, default: int | None, ready: EngineReady, param: str) -> int:

@@ -21,7 +21,7 @@ def test_a_plain_answer(api: Api) -> None:
         "total_tokens": 13,
         "prompt_tokens_details": {"cached_tokens": 1},
     }
-    assert "X-Octavo-Ignored-Fields" not in response.headers
+    assert response.headers["X-Octavo-Ignored-Fields"] == "user"
 
 
 @pytest.mark.parametrize(
