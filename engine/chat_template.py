@@ -2,6 +2,9 @@
 
 https://huggingface.co/docs/transformers/chat_templating_writing documents what a template may use. A template is looked at
 once (its syntax tree) to learn which of the legal message forms it can take, and messages are brought into that form.
+
+A template that knows no tools has them written into the texts that it does know, in the manner of Hermes: what they are
+to the system message, calls to the assistant's text in `<tool_call>`, results to a user message in `<tool_response>`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import msgspec
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -69,12 +73,40 @@ class ChatTemplate:
         self.takes_content_string = not self.takes_content_parts or fields.any_test("string")
         self.takes_content_none = fields.is_compared_with_none("content")
         self.takes_arguments_mapping = fields.is_used_as_mapping("arguments")
+        self.takes_tools = fields.reads_variable("tools")
+        self.takes_tool_calls = fields.mentions("tool_calls")
+        self.takes_tool_role = fields.mentions("tool")
 
-    def render(self, messages: Sequence[Message], *, continue_final_message: bool, variables: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        continue_final_message: bool,
+        variables: Mapping[str, Any],
+        tool_block: str = "",
+    ) -> str:
         """The prompt. With `continue_final_message` it ends right after the last message's text.
+
+        tool_block: what describes the tools of `variables` to the model where the template does not.
 
         Raises InvalidRequest (param "messages") with the template's own words where it refuses the messages.
         """
+        if not self.takes_tool_calls:
+            messages = [_with_calls_as_text(message) for message in messages]
+        if not self.takes_tool_role:
+            messages = _with_results_as_text(messages)
+        if not tool_block or self.takes_tools:
+            return self._render_prepared(messages, continue_final_message, variables)
+        try:
+            rendered = self._render_prepared(_with_system_text(messages, tool_block), continue_final_message, variables)
+        except InvalidRequest:
+            rendered = ""
+        if tool_block in rendered:
+            return rendered
+        # There is no place for a system message, or it is left out silently.
+        return self._render_prepared(_with_user_text(messages, tool_block), continue_final_message, variables)
+
+    def _render_prepared(self, messages: Sequence[Message], continue_final_message: bool, variables: Mapping[str, Any]) -> str:
         prepared = [self._prepare(message, index) for index, message in enumerate(messages)]
         if not continue_final_message:
             return self._render(prepared, variables)
@@ -102,12 +134,11 @@ class ChatTemplate:
     def _prepare_content(self, content: Any, index: int) -> Any:
         if content is None and self.takes_content_none:
             return None
-        if content is None or isinstance(content, str):
-            text = content or ""
-            if self.takes_content_string:
-                return text
-            return [{"type": "text", "text": text}] if text else []
         texts = _texts_of(content, index)
+        if content is None or isinstance(content, str):
+            if self.takes_content_string:
+                return texts[0]
+            return [{"type": "text", "text": texts[0]}] if texts[0] else []
         if self.takes_content_parts:
             return [{"type": "text", "text": text} for text in texts]
         return "\n".join(texts)
@@ -119,9 +150,83 @@ def compile_template(source: str) -> ChatTemplate:
     return ChatTemplate(source)
 
 
+class ChatJob(msgspec.Struct, kw_only=True):
+    """A conversation and the template it is to go through: plain data, so that another process can do it."""
+
+    source: str
+    messages: list[dict[str, Any]]
+    variables: dict[str, Any]
+    continue_final_message: bool = False
+    tool_block: str = ""
+
+    def render(self) -> str:
+        """See ChatTemplate, also for what is raised."""
+        return compile_template(self.source).render(
+            self.messages,
+            continue_final_message=self.continue_final_message,
+            variables=self.variables,
+            tool_block=self.tool_block,
+        )
+
+
+def _with_calls_as_text(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = [_parse_arguments(call)["function"] for call in message["tool_calls"]]
+    texts = [f"<tool_call>\n{_to_json(_name_and_arguments(call))}\n</tool_call>" for call in calls]
+    rest = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**rest, "content": _joined(message.get("content"), "\n".join(texts), "\n")}
+
+
+def _name_and_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": call.get("name"), "arguments": call.get("arguments")}
+
+
+def _with_results_as_text(messages: Sequence[Message]) -> list[Message]:
+    """Results that follow each other share one message of the user, so that its turns and the assistant's alternate."""
+    merged: list[Message] = []
+    follows_result = False
+    for index, message in enumerate(messages):
+        is_result = message.get("role") == "tool"
+        if is_result:
+            text = "\n".join(_texts_of(message.get("content"), index))
+            result = f"<tool_response>\n{text}\n</tool_response>"
+            if follows_result:
+                merged[-1] = {"role": "user", "content": f"{merged[-1]['content']}\n{result}"}
+            else:
+                merged.append({"role": "user", "content": result})
+        else:
+            merged.append(message)
+        follows_result = is_result
+    return merged
+
+
+def _with_system_text(messages: Sequence[Message], text: str) -> list[Message]:
+    if messages and messages[0].get("role") in ("system", "developer"):
+        return [{**messages[0], "content": _joined(messages[0].get("content"), text, "\n\n")}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _with_user_text(messages: Sequence[Message], text: str) -> list[Message]:
+    """In front of what the user says first."""
+    for index, message in enumerate(messages):
+        if message.get("role") == "user":
+            content = f"{text}\n\n" + "\n".join(_texts_of(message.get("content"), index))
+            return [*messages[:index], {**message, "content": content}, *messages[index + 1 :]]
+    return [{"role": "user", "content": text}, *messages]
+
+
+def _joined(content: Any, text: str, separator: str) -> Any:
+    if isinstance(content, (list, tuple)):
+        return [*content, {"type": "text", "text": text}]
+    return f"{content}{separator}{text}" if content else text
+
+
 def _texts_of(content: Any, index: int) -> list[str]:
     param = "messages"
     where = f"messages[{index}].content"
+    if content is None or isinstance(content, str):
+        return [content or ""]
     if not isinstance(content, (list, tuple)):
         raise InvalidRequest(f"{where} must be a string, null or a list of parts, got {type(content).__name__}", param=param)
     texts = []
@@ -189,6 +294,15 @@ class _FieldUses:
         self._tree = tree
         self._macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
         self._names = {field: frozenset(self._find_names(field)) for field in ("content", "arguments")}
+
+    def reads_variable(self, name: str) -> bool:
+        return any(node.name == name and node.ctx == "load" for node in self._tree.find_all(nodes.Name))
+
+    def mentions(self, word: str) -> bool:
+        """Whether it is a field's name, or written out as a string."""
+        return any(node.attr == word for node in self._tree.find_all(nodes.Getattr)) or any(
+            node.value == word for node in self._tree.find_all(nodes.Const)
+        )
 
     def is_iterated(self, field: str) -> bool:
         return any(self._is_field(loop.iter, field) for loop in self._tree.find_all(nodes.For))

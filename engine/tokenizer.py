@@ -16,7 +16,7 @@ import msgspec
 import tokenizers
 from tokenizers import AddedToken
 
-from engine.chat_template import compile_template
+from engine.chat_template import ChatJob, compile_template
 from engine.detokenizer import (
     ByteTextSource,
     Detokenizer,
@@ -118,12 +118,37 @@ class Tokenizer:
         continue_final_message: bool = False,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        tool_block: str = "",
     ) -> str:
         """The prompt text of a conversation.
 
         chat_template: the name of one of the model's templates, or template text. template_kwargs: further variables for the
-        template (`documents`, `enable_thinking`, ...). Raises InvalidRequest naming the cause.
+        template (`documents`, `enable_thinking`, ...). tool_block: what describes the tools where the template does not.
+        Raises InvalidRequest naming the cause.
         """
+        job = self.chat_job(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            template_kwargs=template_kwargs,
+            tool_block=tool_block,
+        )
+        return job.render()
+
+    def chat_job(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        tool_block: str = "",
+    ) -> ChatJob:
+        """`render_chat`'s work as data. Raises InvalidRequest for arguments that exclude each other."""
         if add_generation_prompt and continue_final_message:
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt exclude each other: set one of them to false",
@@ -142,33 +167,32 @@ class Tokenizer:
             "tools": tools or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        template = compile_template(self._template_source(chat_template, with_tools=bool(tools)))
-        rendered = template.render(messages, continue_final_message=continue_final_message, variables=variables)
-        check_unicode(rendered, "messages")
-        return rendered
-
-    def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The rendered conversation as ids. The template writes the special tokens, so the tokenizer adds none."""
-        rendered = self.render_chat(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
+        return ChatJob(
+            source=self.template_source(chat_template, with_tools=bool(tools)),
+            messages=messages,
+            variables=variables,
             continue_final_message=continue_final_message,
-            chat_template=chat_template,
-            template_kwargs=template_kwargs,
+            tool_block=tool_block,
         )
-        return self._encode(rendered, False)
 
-    def _template_source(self, chat_template: str | None, *, with_tools: bool) -> str:
+    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+        """`render_chat`, with its options, as ids."""
+        return self.encode_rendered(self.render_chat(messages, **options))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """A rendered conversation as ids. The template writes the special tokens, so the tokenizer adds none.
+
+        Raises InvalidRequest (param "messages") for text with lone surrogates.
+        """
+        check_unicode(text, "messages")
+        return self._encode(text, False)
+
+    def has_template(self, name: str) -> bool:
+        """Whether one of the model's templates has this name."""
+        return name in self._chat_templates
+
+    def template_source(self, chat_template: str | None = None, *, with_tools: bool) -> str:
+        """The template a conversation goes through; `chat_template` as in `render_chat`. Raises InvalidRequest."""
         if chat_template is not None:
             return self._chat_templates.get(chat_template, chat_template)
         if with_tools and TOOL_TEMPLATE in self._chat_templates:
