@@ -75,7 +75,7 @@ def test_full_disk(checkout: Path) -> None:
 
 
 def test_unknown_argument(checkout: Path) -> None:
-    assert install(checkout, sys.executable, "--prod") == "install: unknown argument '--prod': the only one is --dev.\n"
+    assert install(checkout, sys.executable, "--prod") == "install: unknown argument '--prod': there are --dev and --clients.\n"
 
 
 @pytest.mark.skipif(
