@@ -39,8 +39,7 @@ from typing import Any
 import psutil
 from bench_frontend_engine import build_model_folder
 from bench_frontend_parts import measure_parts
-from bench_report import percentile
-from bench_serving import path_of, words
+from bench_serving import path_of, percentile, words
 
 SCRIPTS = Path(__file__).resolve().parent
 START_TIMEOUT_S = 60

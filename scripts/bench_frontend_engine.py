@@ -199,9 +199,10 @@ class Sampler:
 def serve(folder: str, step_rate: str) -> int:
     """`octavo serve FOLDER` on a free port, with this script as the engine. BENCH_PROFILE: the file for a Sampler's lines."""
     from server import cli
+    from server import serve as command_of_serve
 
     command = (sys.executable, str(Path(__file__).resolve()), "engine", step_rate)
-    setattr(cli, "Supervisor", partial(Supervisor, command=command))  # noqa: B010 (a class in its place, for a type checker)
+    setattr(command_of_serve, "Supervisor", partial(Supervisor, command=command))  # noqa: B010 (a class in its place, for a type checker)
     profile = os.environ.get("BENCH_PROFILE")
     sampler = Sampler() if profile else None
     code = cli.run(["serve", folder, "--port", "0", "--device", "cpu"])

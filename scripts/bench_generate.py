@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_report import MARKDOWN_HEAD, Sample, format_markdown_row, format_table, summarize
-from bench_serving import words
+from bench_serving import MARKDOWN_HEAD, Sample, format_markdown_row, format_table, summarize, words
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 

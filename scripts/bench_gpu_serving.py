@@ -20,8 +20,7 @@ from typing import Any
 
 from bench_gpu_workloads import Figures, Model, Workload
 from bench_process import Server, free_port, octavo_command, octavo_environ, running
-from bench_report import Sample, percentile, summarize
-from bench_serving import HttpError, Load, describe, gather, probe
+from bench_serving import HttpError, Load, Sample, describe, gather, percentile, probe, summarize
 
 WARMUP_OUTPUT_LEN = 48
 STEADY_WITHIN = 0.1  # of the steady throughput

@@ -45,8 +45,7 @@ from bench_peers_servers import (
 )
 from bench_process import ROOT, Server, free_port, on_cpus
 from bench_readme import describe_machine
-from bench_report import Sample, summarize
-from bench_serving import HttpError, Load, describe, gather, probe
+from bench_serving import HttpError, Load, Sample, describe, gather, probe, summarize
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))

@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from bench_report import MARKDOWN_HEAD, format_markdown_row
+from bench_serving import MARKDOWN_HEAD, format_markdown_row
 
 SCRIPTS = Path(__file__).resolve().parent
 PYTHON = SCRIPTS.parent / ".venv" / "bin" / "python"

@@ -8,10 +8,23 @@ from typing import Any
 
 
 class FakeServer:
-    """Listens on a free port of 127.0.0.1. Prompts whose number is in `broken` (by arrival) get a 500."""
+    """Listens on a free port of 127.0.0.1. Streams are numbered by arrival.
 
-    def __init__(self, broken: frozenset[int] = frozenset()) -> None:
+    broken: those that get a 500. hang_after: from that one on, none is answered. delay_s: before each. unknown_field: a 400.
+    """
+
+    def __init__(
+        self,
+        broken: frozenset[int] = frozenset(),
+        *,
+        hang_after: int | None = None,
+        delay_s: float = 0.0,
+        unknown_field: str = "",
+    ) -> None:
         self.broken = broken
+        self.hang_after = hang_after
+        self.delay_s = delay_s
+        self.unknown_field = unknown_field
         self.num_streams = 0
         self.num_open = 0
         self.most_open = 0
@@ -40,6 +53,8 @@ class FakeServer:
     async def answer(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         if path == "/v1/models":
             return self.send(writer, 200, {"data": [{"id": "fake"}]})
+        if self.unknown_field in body:
+            return self.send(writer, 400, {"error": {"message": f"Unrecognized request argument: {self.unknown_field}"}})
         text = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
         usage = {"prompt_tokens": len(text.split()) + 3, "completion_tokens": body["max_tokens"]}
         if not body.get("stream"):
@@ -48,6 +63,9 @@ class FakeServer:
         self.num_streams += 1
         if self.num_streams - 1 in self.broken:
             return self.send(writer, 500, {"error": {"message": "broken on purpose"}})
+        if self.hang_after is not None and self.num_streams > self.hang_after:
+            await asyncio.Event().wait()
+        await asyncio.sleep(self.delay_s)
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         await self.stream(body, usage, writer)

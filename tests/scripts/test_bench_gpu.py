@@ -11,8 +11,7 @@ import dummy_model
 import pytest
 from bench_gpu_serving import by_second, phases, short_figures, steady_after
 from bench_gpu_workloads import BY_DEFAULT, LLAMA_8B, MODELS
-from bench_report import Sample, summarize
-from bench_serving import WORDS
+from bench_serving import WORDS, Sample, summarize
 
 from engine.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from bench_gpu_workloads import Workload
 from bench_peers_report import compare, format_figures, format_ratios, format_report, pick, speed_ratio
 from bench_peers_servers import SERVERS, Command, NotInstalled, Setup, command_of, precision_of
 from bench_process import ROOT, free_port, running
-from bench_report import Sample
+from bench_serving import Sample
 
 FAKE_SERVER = """
 import asyncio, signal, sys

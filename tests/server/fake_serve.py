@@ -12,7 +12,7 @@ from collections.abc import Callable
 from engine.errors import EngineUnavailable, ModelLoadError
 from engine.messages import EngineReady, LoadProgress
 from engine.supervisor import Supervisor
-from server import cli
+from server import cli, serve
 from tests.server.fake_client import FakeEngineClient, FakeStream
 
 
@@ -54,5 +54,5 @@ class ServedFake(FakeEngineClient):
 
 
 if __name__ == "__main__":
-    cli.EngineClient = ServedFake  # type: ignore[misc, assignment]
+    serve.EngineClient = ServedFake  # type: ignore[misc, assignment]
     sys.exit(cli.run(["serve", *sys.argv[1:]]))

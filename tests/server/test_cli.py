@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.cli import listen, run
+from server.cli import run
+from server.serve import listen
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -61,7 +62,7 @@ def test_ready_line_and_an_orderly_end() -> None:
 
 
 def test_the_engine_is_started_before_what_http_needs_is_imported() -> None:
-    code = "import sys, server.cli; sys.exit(bool({'fastapi', 'starlette', 'uvicorn', 'numpy', 'torch'} & {*sys.modules}))"
+    code = "import sys, server.serve; sys.exit(bool({'fastapi', 'starlette', 'uvicorn', 'numpy', 'torch'} & {*sys.modules}))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -107,6 +108,9 @@ def test_listening_where_there_is_nothing_to_listen_on(capsys: pytest.CaptureFix
 def test_wrong_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert run(["bake"]) == 2
+    assert "there is no command bake" in capsys.readouterr().err
+    assert run(["sreve"]) == 2
+    assert "did you mean serve?" in capsys.readouterr().err
     assert run(["serve", "--prot", "1"]) == 2
     assert "did you mean --port?" in capsys.readouterr().err
     assert run(["serve", "--chat-template", "/no/such.jinja"]) == 2
@@ -117,7 +121,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"octavo \d+\.\d+\.\d+\n", capsys.readouterr().out)
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "octavo serve" in text and "octavo plan" in text
+    assert all(f"octavo {name} " in text for name in ("serve", "chat", "bench", "plan"))
+
+
+def test_the_command_itself_starts_light() -> None:
+    code = "import sys, server.cli; sys.exit(bool({'engine', 'pydantic', 'asyncio', 'yaml'} & {*sys.modules}))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")

@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import bench_serving
 import pytest
-from bench_report import Sample, format_markdown_row, format_table, percentile, summarize
-from bench_serving import Connections, Load, arrival_times, make_payload, parse_load, send_one, words
 
+from server.bench import main, parse_load
+from server.bench_http import Connections
+from server.bench_load import Load, arrival_times, has_text, make_payload, send_one, words
+from server.bench_report import Sample, format_markdown_row, format_table, percentile, summarize
 from tests.scripts.fake_sse_server import FakeServer
 
-SCRIPT = Path(bench_serving.__file__)
+ROOT = Path(__file__).parent.parent.parent
+COMMAND = (sys.executable, "-m", "server.cli", "bench")
+SCRIPT = (sys.executable, str(ROOT / "scripts" / "bench_serving.py"))
+
+
+def run_bench(server: FakeServer, *args: str, command: tuple[str, ...] = COMMAND) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the command as a user runs it. Requests beyond `hang_after` are cut by Ctrl-C."""
+
+    async def run() -> tuple[int, str, str]:
+        async with server:
+            process = await asyncio.create_subprocess_exec(
+                *(*command, "--url", server.url, *args),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                cwd=ROOT,
+                env={**os.environ, "OCTAVO_API_KEY": ""},
+            )
+            if server.hang_after is not None:
+                while server.num_streams < server.hang_after + 1:
+                    await asyncio.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+            stdout, stderr = await process.communicate()
+            assert process.returncode is not None
+            return process.returncode, stdout.decode(), stderr.decode()
+
+    return asyncio.run(run())
 
 
 def bench(tmp_path: Path, *args: str, broken: frozenset[int] = frozenset()) -> tuple[FakeServer, dict[str, Any], int, str]:
-    """Runs the script as a user does, against a fake server; returns that server, the figures, exit code and output."""
-
-    async def run() -> tuple[FakeServer, int, str]:
-        async with FakeServer(broken) as server:
-            command = [str(SCRIPT), "--base-url", server.url, "--json", str(tmp_path / "out.json"), *args]
-            process = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=asyncio.subprocess.PIPE)
-            stdout, _ = await process.communicate()
-            assert process.returncode is not None
-            return server, process.returncode, stdout.decode()
-
-    server, code, output = asyncio.run(run())
+    """The fake server that was under load, the figures, exit code and stdout."""
+    server = FakeServer(broken)
+    code, output, _ = run_bench(server, "--json", str(tmp_path / "out.json"), *args)
     return server, json.loads((tmp_path / "out.json").read_text())["figures"], code, output
 
 
@@ -80,9 +100,61 @@ def test_poisson_load_sends_every_request_once(tmp_path: Path) -> None:
     assert (code, figures["num_ok"], server.num_streams) == (0, 9, 9)
 
 
-def test_no_server_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "127.0.0.1:8000", "http://127.0.0.1:port", "http://"])
+def test_no_server_is_one_sentence(url: str) -> None:
     with pytest.raises(SystemExit, match="does not answer as an OpenAI-compatible server"):
-        bench_serving.main(["--base-url", "http://127.0.0.1:9"])
+        main(["--url", url])
+
+
+def test_the_script_is_the_command_and_json_can_take_the_table_s_place() -> None:
+    code, output, _ = run_bench(FakeServer(), "--num-requests", "2", "--output-len", "3", "--json", command=SCRIPT)
+    record = json.loads(output)
+    assert (code, record["figures"]["num_ok"], record["load"]["output_len"]) == (0, 2, 3)
+    assert "api_key" not in record["load"]
+
+
+def test_ctrl_c_reports_what_was_measured() -> None:
+    server = FakeServer(hang_after=3)
+    code, output, errors = run_bench(server, "--num-requests", "50", "--output-len", "2")
+    assert code == 130
+    assert "3 answered, 0 errors" in output
+    assert "3 of 50 requests were made: Ctrl-C" in errors and "Traceback" not in errors
+
+
+def test_a_request_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
+    async def run() -> Sample:
+        async with FakeServer(hang_after=0) as server:
+            return await send_one(Connections(server.url), Load(server.url, timeout_s=0.05), 0)
+
+    assert asyncio.run(run()).error == "no end within 0.05 s"
+
+
+@pytest.mark.parametrize("pace", [["--concurrency", "2"], ["--rate", "20"]])
+def test_after_the_time_limit_no_request_is_sent(pace: list[str]) -> None:
+    server = FakeServer(delay_s=0.05)
+    code, output, errors = run_bench(server, *pace, "--num-requests", "10000", "--max-time", "0.3", "--output-len", "2")
+    assert code == 0 and 0 < server.num_streams < 100
+    assert f"{server.num_streams} answered, 0 errors" in output
+    assert f"{server.num_streams} of 10000 requests were made: --max-time 0.3" in errors
+
+
+def test_a_server_that_does_not_know_ignore_eos() -> None:
+    server = FakeServer(unknown_field="ignore_eos")
+    code, _, errors = run_bench(server, "--num-requests", "1")
+    assert code == 1 and "add --no-ignore-eos" in errors
+    assert run_bench(FakeServer(unknown_field="ignore_eos"), "--num-requests", "1", "--no-ignore-eos")[0] == 0
+
+
+def test_reasoning_counts_as_text() -> None:
+    assert has_text({"choices": [{"delta": {"reasoning_content": "hm"}}]})
+    assert not has_text({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+    assert not has_text({"choices": []})
+
+
+def test_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_API_KEY", "one, two")
+    assert parse_load([])[0].api_key == "one"
+    assert parse_load(["--api-key", "mine"])[0].api_key == "mine"
 
 
 class ClosingServer(FakeServer):
@@ -156,7 +228,17 @@ def test_figures_when_everything_failed() -> None:
     assert "0 answered, 1 errors" in format_table("title", figures)
 
 
-@pytest.mark.parametrize("args", [["--concurrency", "0"], ["--warmup", "-1"], ["--rate", "1", "--concurrency", "2"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--concurrency", "0"],
+        ["--warmup", "-1"],
+        ["--rate", "1", "--concurrency", "2"],
+        ["--extra-body", "[1]"],
+        ["--max-time", "nan"],
+        ["--conc", "2"],
+    ],
+)
 def test_bad_options_are_refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_load(args)

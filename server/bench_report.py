@@ -1,4 +1,4 @@
-"""Figures of a load as its clients saw it: percentiles, a table to read and a row of markdown. Used by the bench scripts."""
+"""Figures of a load as its clients saw it: percentiles, a table to read and a row of markdown."""
 
 from __future__ import annotations
 

@@ -1,0 +1,181 @@
+"""`octavo serve`: where engine client, application and socket are put together, from start to exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import setproctitle
+import uvloop
+
+from engine.client import EngineClient
+from engine.errors import ConfigError, EngineUnavailable, OctavoError
+from engine.messages import EngineReady, LoadProgress
+from engine.supervisor import Supervisor
+from server.config import ServerConfig, load_config
+
+logger = logging.getLogger("octavo.server")
+
+BACKLOG = 2048
+STATE_POLL_S = 0.2
+CLOSE_TIMEOUT_S = 3.0
+
+
+def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Returns the exit code: 0 after an orderly end, 1 with a sentence on stderr when serving failed. Raises ConfigError."""
+    config = load_config(argv, environ)
+    chat_template = config.read_chat_template()
+    try:
+        with listen(config.host, config.port) as sock:
+            setproctitle.setproctitle("octavo: frontend")
+            _set_up_logging(config.log_level)
+            return uvloop.run(_Service(config, sock, chat_template).run())
+    except OctavoError as error:
+        print(f"octavo: {error.message}", file=sys.stderr)
+        return 1
+
+
+def _set_up_logging(level: str) -> None:
+    """One line an event on stderr, never with the text of a prompt (so no debug lines of the HTTP stack)."""
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("uvicorn", "sse_starlette", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket: bound before anything is loaded, so that a taken port is known at once. Raises ConfigError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except socket.gaierror:
+        raise ConfigError(f"there is no address {host} to listen on: give one of this machine's with --host") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} on {host} is taken: stop what listens there, or choose another with --port {port + 1}"
+        elif error.errno == errno.EACCES:
+            message = f"port {port} may not be opened by this user: choose one above 1023 with --port"
+        else:
+            message = f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
+        raise ConfigError(message) from None
+
+
+class _Service:
+    """One run of `octavo serve`: socket, engine and HTTP server, from start to exit code."""
+
+    def __init__(self, config: ServerConfig, sock: socket.socket, chat_template: str | None) -> None:
+        self._config = config
+        self._sock = sock
+        self._client = EngineClient(Supervisor(config.engine_config()), chat_template=chat_template)
+        self._client.on_progress = _print_progress
+        self._base_url = _base_url(sock)
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serves until a signal or the engine's end. Raises what kept the engine from starting, or ended it."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        before_s = _age_s()
+        logger.info("start the engine process: %s", self._config.model)
+        await self._client.start()
+        # The engine is seconds from ready, so it goes first: what HTTP needs is imported beside its own imports.
+        from server.app import create_server
+
+        server = create_server(self._client, self._config)
+        serving = asyncio.create_task(server.serve(sockets=[self._sock]))
+        engine = asyncio.create_task(self._watch_engine(before_s))
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({serving, engine, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if engine.done():
+                engine.result()
+        finally:
+            server.should_exit = True
+            engine.cancel()
+            await self._drain(serving)
+            stop.cancel()
+            await asyncio.gather(serving, engine, stop, return_exceptions=True)
+        return 0
+
+    async def _drain(self, serving: asyncio.Task[None]) -> None:
+        """Lets open streams finish; those that have not in time are ended with an error event, so that their clients know."""
+        hurry = asyncio.create_task(self._hurry.wait())
+        timeout_s = self._config.shutdown_timeout_s
+        await asyncio.wait({serving, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        await self._client.stop()
+        await asyncio.wait({serving}, timeout=CLOSE_TIMEOUT_S)
+        serving.cancel()
+
+    def _on_signal(self) -> None:
+        """The first signal lets open streams finish, the second ends them."""
+        if self._stop.is_set():
+            self._hurry.set()
+            return
+        num_open = self._client.num_open_streams
+        logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")
+        self._stop.set()
+
+    async def _watch_engine(self, before_s: float) -> None:
+        """Never returns; raises what ended the engine, or kept it from starting. before_s: from the command to its start."""
+        ready = await self._client.wait_until_ready()
+        self._log_phases(ready, before_s)
+        # What is loaded stays, and tokens leave little behind: a full collection would hold up every stream for nothing.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 20, 50)
+        self._print_ready(ready)
+        while self._client.state != "failed":
+            await asyncio.sleep(STATE_POLL_S)
+        raise self._client.failure or EngineUnavailable("the engine ended unexpectedly")
+
+    def _log_phases(self, ready: EngineReady, before_s: float) -> None:
+        """Where the time went, from the command on (a shell that became this process counts)."""
+        total_s = _age_s()
+        phases = {"frontend": before_s, **ready.load_seconds}
+        phases["other"] = max(0.0, total_s - sum(phases.values()))
+        logger.info("ready after %.1f s: %s", total_s, ", ".join(f"{name} {value:.1f} s" for name, value in phases.items()))
+
+    def _print_ready(self, ready: EngineReady) -> None:
+        from server.api.health import curl_command
+
+        for note in ready.notes:
+            logger.info("%s", note)
+        curl = curl_command(self._client, self._config, self._base_url)
+        scope = " (this machine only; --host 0.0.0.0 lets others in)" if self._config.host == "127.0.0.1" else ""
+        print(
+            f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {curl}", file=sys.stderr, flush=True
+        )
+
+
+def _age_s() -> float:
+    """Since this process was started."""
+    try:  # Linux's clock of processes; psutil would add the time of the boot, which is known to the second only
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.time() - psutil.Process().create_time()
+
+
+def _base_url(sock: socket.socket) -> str:
+    """Where a client on this machine finds the socket."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _print_progress(progress: LoadProgress) -> None:
+    percent = "" if progress.fraction is None else f" {progress.fraction:.0%}"
+    detail = f": {progress.detail}" if progress.detail else ""
+    logger.info("%s%s%s", progress.phase, detail, percent)
