@@ -1,0 +1,181 @@
+"""JSON Schema as this server takes it: keywords that cannot be honoured are refused by name, never skipped.
+
+The grammar library knows draft 2020-12 and leaves out what its draft, told by `$schema`, does not know; here every draft's
+assertions count. Unknown keywords are annotations, as the specification says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.errors import InvalidRequest
+from server.api.body import json_type
+
+SUPPORTED = frozenset(
+    {"$ref", "additionalItems", "additionalProperties", "allOf", "anyOf", "const", "enum", "exclusiveMaximum"}
+    | {"exclusiveMinimum", "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength"}
+    | {"minProperties", "minimum", "multipleOf", "oneOf", "pattern", "patternProperties", "prefixItems", "properties"}
+    | {"required", "type"}
+)
+# Keyword -> values that ask for nothing; with one of these it is left out.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "$dynamicAnchor": (),
+    "$dynamicRef": (),
+    "$recursiveAnchor": (False,),
+    "$recursiveRef": (),
+    "contains": (),
+    "dependencies": ({},),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "disallow": ([],),
+    "divisibleBy": (),
+    "else": (),
+    "extends": (),
+    "if": (),
+    "maxContains": (),
+    "minContains": (),
+    "not": (False,),
+    "nullable": (False,),
+    "propertyNames": (True, {}),
+    "then": (),
+    "unevaluatedItems": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "uniqueItems": (False,),
+    "x-guidance": (),
+}
+TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
+FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
+DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
+
+MAX_DEPTH = 100  # of nested arrays and objects
+MAX_BYTES = 2**20
+# Between two tokens of JSON: nothing, a space, or a line break and its indentation.
+WHITESPACE = r"( |\n {0,20})"
+
+_SCHEMA_MAPS = frozenset({"$defs", "definitions", "patternProperties", "properties"})
+_SCHEMA_LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})
+_SCHEMAS = frozenset({"additionalItems", "additionalProperties", "items"})
+
+
+def checked_schema(schema: object, param: str) -> dict[str, Any]:
+    """A copy of a schema that holds only what the grammar honours. Raises InvalidRequest (of `param`) naming the keyword."""
+    if schema is True:
+        return {}
+    if schema is False:
+        raise InvalidRequest(f"{param} is false: no answer can satisfy it.", param=param)
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"{param} must be a JSON schema, got {json_type(schema)}.", param=param)
+    _check_depth(schema, param)
+    if not DRAFTS.fullmatch(str(schema.get("$schema", "https://json-schema.org/draft/2020-12/schema"))):
+        raise InvalidRequest(
+            f"{param} has a $schema that is not supported; it may be draft 4, 6, 7, 2019-09 or 2020-12.",
+            param=param,
+            code="unsupported_schema",
+        )
+    copy: dict[str, Any] = _Copy(schema, param).of(schema)
+    return copy
+
+
+def schema_text(schema: dict[str, Any], param: str) -> str:
+    """A checked schema as the grammar library takes it, also for `%json` in Lark: with the whitespace that is allowed. Raises
+    InvalidRequest."""
+    try:
+        text = json.dumps({"x-guidance": {"whitespace_pattern": WHITESPACE}, **schema}, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(f"{param} holds a number that is not finite.", param=param) from None
+    if len(text) > MAX_BYTES:
+        raise InvalidRequest(f"{param} has {len(text):,} bytes; at most {MAX_BYTES:,} are allowed.", param=param)
+    return text
+
+
+def _check_depth(schema: dict[str, Any], param: str) -> None:
+    level: list[Any] = [schema]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"{param} is nested deeper than {MAX_DEPTH} arrays and objects.", param=param)
+
+
+class _Copy:
+    """Copies schemas of one document. What is no schema, an instance in `enum` or a name in `properties`, is left alone."""
+
+    def __init__(self, root: dict[str, Any], param: str) -> None:
+        self._root = root
+        self._param = param
+
+    def of(self, schema: Any) -> Any:
+        if not isinstance(schema, dict):
+            return schema  # true or false; anything else the grammar library refuses
+        copy: dict[str, Any] = {}
+        for keyword, value in schema.items():
+            if keyword in UNSUPPORTED:
+                if not any(value is neutral or (value == neutral and value == {}) for neutral in UNSUPPORTED[keyword]):
+                    self._refuse(f"holds the keyword {keyword}, which is not supported")
+            elif keyword in _SCHEMA_MAPS and isinstance(value, dict):
+                copy[keyword] = {name: self.of(child) for name, child in value.items()}
+            elif keyword in (_SCHEMA_LISTS | {"items"}) and isinstance(value, list):
+                copy[keyword] = [self.of(child) for child in value]
+            elif keyword in _SCHEMAS:
+                copy[keyword] = self.of(value)
+            elif keyword != "$schema":
+                copy[keyword] = value
+        self._check_type(copy)
+        if "oneOf" in copy and "anyOf" not in copy and self._exclude_each_other(copy["oneOf"]):
+            copy = {"anyOf" if keyword == "oneOf" else keyword: value for keyword, value in copy.items()}
+        return copy
+
+    def _check_type(self, schema: Mapping[str, Any]) -> None:
+        types = schema.get("type", "string")
+        types = types if isinstance(types, list) else [types]
+        if not all(isinstance(name, str) and name in TYPES for name in types):
+            self._refuse(f"has a type that is none of {', '.join(TYPES)}")
+        # A format says something about strings only; OpenAPI has some for numbers.
+        if "format" in schema and "string" in types and schema["format"] not in FORMATS:
+            self._refuse(f"has a format that is not supported; those that are: {', '.join(FORMATS)}")
+
+    def _refuse(self, what: str) -> None:
+        raise InvalidRequest(f"{self._param} {what}.", param=self._param, code="unsupported_schema")
+
+    def _exclude_each_other(self, options: Any) -> bool:
+        """Whether all options are objects with one property that every one requires, each with values of its own. (The grammar
+        library sees this only where the options are no references.)"""
+        if not isinstance(options, list) or not options:
+            return False
+        tags = [dict(self._tags(option)) for option in options]
+        for name in tags[0]:
+            values = [tag.get(name, frozenset()) for tag in tags]
+            if all(values) and sum(map(len, values)) == len(frozenset().union(*values)):
+                return True
+        return False
+
+    def _tags(self, option: Any) -> Iterator[tuple[str, frozenset[str]]]:
+        """Required properties of an object that are one of a few strings."""
+        option = self._resolved(option)
+        required, properties = option.get("required"), option.get("properties")
+        if option.get("type") != "object" or not isinstance(required, list) or not isinstance(properties, dict):
+            return
+        for name in required:
+            schema = self._resolved(properties.get(name) if isinstance(name, str) else None)
+            values = [schema["const"]] if "const" in schema else schema.get("enum")
+            if isinstance(values, list) and all(isinstance(value, str) for value in values):
+                yield name, frozenset(values)
+
+    def _resolved(self, schema: Any) -> dict[str, Any]:
+        """The schema behind a reference within the document, {} where there is none."""
+        for _ in range(MAX_DEPTH):
+            reference = schema.get("$ref") if isinstance(schema, dict) else None
+            if not isinstance(reference, str):
+                return schema if isinstance(schema, dict) else {}
+            schema = self._root if reference.startswith("#") else None
+            for part in reference.lstrip("#").split("/")[1:]:
+                schema = schema.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(schema, dict) else None
+        return {}
