@@ -209,6 +209,16 @@ class Tokenizer:
             param="messages",
         )
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Text -> id of the tokens that stand for themselves, markers among them."""
+        return {token.content: token_id for token_id, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Those of the added tokens that `skip_special_tokens` hides."""
+        return frozenset(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
+
     def token_id(self, token: str) -> int | None:
         """The id of a token by how the vocabulary writes it; None where there is no such token."""
         token_id: int | None = self._backend.token_to_id(token)
