@@ -21,16 +21,18 @@ from engine.attention.hf import StepAttention
 from engine.cuda_graphs import CudaGraphs
 from engine.errors import OutOfDeviceMemory
 from engine.fused_decoder import Activations, FusedDecoder
-from engine.input_batch import InputBatch, IntArray, StepInputs
+from engine.input_batch import InputBatch, StepInputs
 from engine.kernels.sampling import SamplingWorkspace, sample_tokens
 from engine.memory_plan import MAX_GRAPH_TOKENS, graph_batch_sizes, graph_token_counts
 from engine.native_decoder import NativeDecoder
+from engine.pooler import Pooler
 from engine.sampler import LogprobsTensors, compute_logprobs, sample
 from engine.sampling_params import SamplingParams
 from engine.split_model import SplitModel
 from engine.step import SCRATCH_BLOCK_ID, HostMasks, NewRow, SchedulerOutput
 from engine.step_feed import to_device
 from engine.step_results import HostCopies, PendingStep
+from engine.token_masks import IntArray
 
 MAX_PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits exist at once: float32 [256, V] is 50 MB at 49,152 tokens and 131 MB at 128,256."""
@@ -41,8 +43,8 @@ _WARM_UP_STEP_ID = -1
 @dataclass(slots=True)
 class _Launched:
     """A step between its two calls. The lists have one entry a token to sample, rows then forks: the slot and position it
-    goes to, the scheduled row it comes from, and that row's place in `logits`. logits: in the head's dtype. bucket: rows that
-    the step was padded to, where it ran from static memory."""
+    goes to, the scheduled row it comes from, and that row's place in `logits`. logits: in the head's dtype. pooled: see
+    Pooler.pool. bucket: rows that the step was padded to, where it ran from static memory."""
 
     step: SchedulerOutput
     slots: list[int]
@@ -51,6 +53,7 @@ class _Launched:
     logits_index: IntArray
     logits: torch.Tensor | None
     prompt_logprobs: dict[int, list[LogprobsTensors]]
+    pooled: torch.Tensor | None = None
     bucket: int | None = None
 
 
@@ -95,6 +98,7 @@ class ModelRunner:
             on_device=on_device,
             static_tokens=MAX_GRAPH_TOKENS,
         )
+        self._pooler = Pooler()
         self._launched: _Launched | None = None
         self._buckets = graph_batch_sizes(max_num_seqs)
         self._token_buckets = graph_token_counts()
@@ -118,6 +122,7 @@ class ModelRunner:
             self._graphs.begin_step()
         with _out_of_memory_raised_as_ours(step):
             self._batch.apply(step)
+            self._pooler.fill(step.new_rows)
             if self._batch.feed is not None and _is_decodes_alone(step):
                 self._launched = self._launch_decodes(step)
             else:
@@ -158,7 +163,7 @@ class ModelRunner:
     def _launch_any(self, step: SchedulerOutput) -> _Launched:
         source_rows = step.sampled_rows + [fork.parent_row for fork in step.forks]
         rows, logits_index = np.unique(np.array(source_rows, dtype=np.int64), return_inverse=True)
-        logits, prompt_logprobs = None, {}
+        logits, pooled, prompt_logprobs = None, None, {}
         if step.slots:
             bucket = self._token_bucket(step.total_num_tokens)
             inputs = self._batch.build(step, bucket)
@@ -175,6 +180,7 @@ class ModelRunner:
                 wanted = hidden if is_all else hidden[to_device(inputs.row_ends[rows] - 1, self._device)]
                 logits = self._model.logits(wanted)
             prompt_logprobs = self._prompt_logprobs(step, inputs, hidden)
+            pooled = self._pooler.pool(step, inputs.row_ends, hidden)
         return _Launched(
             step=step,
             slots=[step.slots[row] for row in step.sampled_rows] + [fork.row.slot for fork in step.forks],
@@ -183,6 +189,7 @@ class ModelRunner:
             logits_index=logits_index,
             logits=logits,
             prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
         )
 
     def _token_bucket(self, num_tokens: int) -> int | None:
@@ -251,6 +258,8 @@ class ModelRunner:
             prompt_logprobs={
                 row: [copies.copy_logprobs(part) for part in parts] for row, parts in launched.prompt_logprobs.items()
             },
+            pooled_rows=launched.step.pooled_rows,
+            pooled=None if launched.pooled is None else copies.copy(launched.pooled),
             copies=copies,
         )
         copies.record()
@@ -299,9 +308,7 @@ class ModelRunner:
     ) -> tuple[torch.Tensor, LogprobsTensors | None, tuple[list[int], list[int]]]:
         """Tokens; logprobs of the rows that want them; those rows and how many best tokens each wants."""
         logits = self._expanded(launched, logits).float()
-        batch = self._batch.sampling.take(launched.slots, launched.positions)
-        if masks is not None:
-            batch.allowed = {i: masks.allowed[row] for i, row in enumerate(launched.source_rows) if row in masks.allowed}
+        batch = self._batch.sampling.take(launched.slots, launched.positions, launched.source_rows, masks)
         wants = np.flatnonzero(batch.num_logprobs >= 0)
         wants_rows = to_device(wants, self._device)
         raw = logits[wants_rows] if wants.size else None  # a copy: sampling overwrites logits
@@ -450,4 +457,5 @@ def _is_decodes_alone(step: SchedulerOutput) -> bool:
         and len(step.sampled_rows) == len(step.slots)
         and not step.forks
         and not step.prompt_logprobs_rows
+        and not step.pooled_rows
     )

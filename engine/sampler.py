@@ -1,7 +1,8 @@
 """Logits to tokens: batched, on the device, the same for a row whatever its batch.
 
-Order: logit_bias, penalties, banned and disallowed tokens, temperature, top_k, top_p (of what top_k left, renormalised), min_p;
-then Gumbel-max (Maddison et al., "A* Sampling", NeurIPS 2014): argmax(logits / T - log E) draws from softmax(logits / T).
+Order: logit_bias, penalties, banned and disallowed tokens, temperature, top_k, top_p (of what top_k left, renormalised), min_p,
+typical_p (of what these left, renormalised; transformers has the same order); then Gumbel-max (Maddison et al., "A* Sampling",
+NeurIPS 2014): argmax(logits / T - log E) draws from softmax(logits / T).
 The noise is Philox keyed on the choice's seed with counter (vocabulary index // 4, output index, 0, 0), lane vocabulary
 index % 4. Ties go to the lowest token id. Greedy rows take the plain argmax.
 """
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from engine.input_batch import FloatArray, IntArray, SamplingBatch, SeedArray
 from engine.philox import WORD_MASK, token_noise, token_noise_on_host
+from engine.sampling_slots import FloatArray, SamplingBatch, SeedArray
 from engine.step_feed import to_device
+from engine.token_masks import IntArray
 
 NOISE_RANGE = 26.1
 """-log E of a 32-bit uniform lies in [-2.82, 22.88] (philox.log_exponential): a token this far below the best cannot win."""
@@ -52,6 +54,7 @@ def _sample_random(logits: torch.Tensor, batch: SamplingBatch, rows: IntArray) -
     scaled = logits.div_(to_device(batch.temperature[rows], device)[:, None])
     _apply_top_k_top_p(scaled, batch.top_k[rows], batch.top_p[rows])
     _apply_min_p(scaled, batch.min_p[rows])
+    _apply_typical_p(scaled, batch.typical_p[rows])
     if padding := -scaled.shape[1] % _LANES:
         scaled = F.pad(scaled, (0, padding), value=_NEGATIVE_INFINITY)
     choose = gumbel_argmax_pruned if device.type == "cpu" else gumbel_argmax_dense
@@ -153,7 +156,7 @@ def _top_p_floors(probs: torch.Tensor, top_p: FloatArray) -> torch.Tensor:
     if probs.device.type == "cpu":
         return torch.tensor([_top_p_floor(row, p) for row, p in zip(probs.numpy(), top_p.tolist(), strict=True)])
     best = probs.sort(dim=-1, descending=True).values
-    short_of_p = best.cumsum(dim=-1)[:, :-1] < to_device(top_p, probs.device)[:, None]
+    short_of_p = _running_sums(best)[:, :-1] < to_device(top_p, probs.device)[:, None]
     return best.gather(1, short_of_p.sum(dim=-1, keepdim=True))[:, 0]
 
 
@@ -169,6 +172,35 @@ def _apply_min_p(scaled: torch.Tensor, min_p: FloatArray) -> None:
         with np.errstate(divide="ignore"):
             log_floor = to_device(np.log(min_p), scaled.device)[:, None]
         scaled.masked_fill_(scaled < scaled.amax(dim=-1, keepdim=True) + log_floor, _NEGATIVE_INFINITY)
+
+
+def _apply_typical_p(scaled: torch.Tensor, typical_p: FloatArray) -> None:
+    """Locally typical sampling (Meister et al., TACL 2023, arXiv 2202.00666): keeps the tokens whose surprise -log p is closest
+    to the expected one, the entropy, until their mass reaches typical_p, and those as close as the last of them. The best token
+    may go."""
+    wants = np.flatnonzero(typical_p < 1.0)
+    if not wants.size:
+        return
+    rows = to_device(wants, scaled.device)
+    part = scaled[rows]
+    logprobs = part.log_softmax(dim=-1)
+    probs = logprobs.exp()
+    entropy = _running_sums(torch.special.entr(probs))[:, -1:]
+    distance = (logprobs + entropy).abs()  # infinite where a token is out already
+    nearest, order = distance.sort(dim=-1, stable=True)
+    mass = _running_sums(probs.gather(1, order))
+    short_of_p = mass[:, :-1] < to_device(typical_p[wants], scaled.device)[:, None]
+    limit = nearest.gather(1, short_of_p.sum(dim=-1, keepdim=True))
+    scaled[rows] = part.masked_fill(distance > limit, _NEGATIVE_INFINITY)
+
+
+def _running_sums(values: torch.Tensor) -> torch.Tensor:
+    """values [R, N] summed up along N, each row in the same order whatever R: torch chooses its own by the number of rows."""
+    step = 1
+    while step < values.shape[1]:
+        values = torch.cat([values[:, :step], values[:, step:] + values[:, :-step]], dim=1)
+        step *= 2
+    return values
 
 
 @dataclass(slots=True)

@@ -47,7 +47,8 @@ class HostCopies:
 
 @dataclass(slots=True)
 class PendingStep:
-    """See step.PendingOutput. logprobs: of the rows `logprobs_rows`, of which row i wants num_logprobs[i] best tokens."""
+    """See step.PendingOutput. logprobs: of the rows `logprobs_rows`, of which row i wants num_logprobs[i] best tokens.
+    pooled: [P, hidden size] of the rows `pooled_rows`."""
 
     step_id: int
     token_ids: torch.Tensor | None
@@ -55,6 +56,8 @@ class PendingStep:
     num_logprobs: list[int]
     logprobs: LogprobsTensors | None
     prompt_logprobs: dict[int, list[LogprobsTensors]]
+    pooled_rows: list[int]
+    pooled: torch.Tensor | None
     copies: HostCopies
 
     def done(self) -> bool:
@@ -73,7 +76,8 @@ class PendingStep:
             row: [entry for part in parts for entry in _entries(part, [part.top_ids.shape[1]] * len(part.chosen))]
             for row, parts in self.prompt_logprobs.items()
         }
-        return ModelRunnerOutput(self.step_id, token_ids, logprobs, prompt_logprobs)
+        pooled = {} if self.pooled is None else dict(zip(self.pooled_rows, self.pooled.numpy(), strict=True))
+        return ModelRunnerOutput(self.step_id, token_ids, logprobs, prompt_logprobs, pooled)
 
 
 def _entries(tensors: LogprobsTensors, num_best: Sequence[int]) -> list[TokenLogprobs]:

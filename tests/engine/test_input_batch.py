@@ -8,16 +8,25 @@ import numpy as np
 import pytest
 import torch
 
-from engine.input_batch import InputBatch, TokenCounts
+from engine.input_batch import InputBatch
 from engine.sampling_params import SamplingParams
-from engine.step import Fork, NewRow, SchedulerOutput
+from engine.sampling_slots import TokenCounts
+from engine.step import Fork, HostMasks, NewRow, SchedulerOutput
 
 CPU = torch.device("cpu")
 VOCAB = 50
 
 
-def make_batch(num_groups: int = 1) -> InputBatch:
-    return InputBatch(num_groups=num_groups, max_num_seqs=4, max_model_len=32, block_size=4, vocab_size=VOCAB, device=CPU)
+def make_batch(num_groups: int = 1, on_device: bool = False) -> InputBatch:
+    return InputBatch(
+        num_groups=num_groups,
+        max_num_seqs=4,
+        max_model_len=32,
+        block_size=4,
+        vocab_size=VOCAB,
+        device=CPU,
+        on_device=on_device,
+    )
 
 
 def row_of(slot: int, tokens: list[int], blocks: list[list[int]], num_prompt: int | None = None, **sampling: Any) -> NewRow:
@@ -111,6 +120,7 @@ def test_every_knob_reaches_the_batch() -> None:
         "top_p": 0.75,
         "top_k": 7,
         "min_p": 0.125,
+        "typical_p": 0.375,
         "repetition_penalty": 1.5,
         "presence_penalty": 0.25,
         "frequency_penalty": -0.5,
@@ -133,6 +143,48 @@ def test_every_knob_reaches_the_batch() -> None:
     assert sampling.penalties is not None and sampling.penalties.rows.tolist() == [0]
     assert batch.sampling.take([3], np.array([5])).banned == [], "four tokens are out: it may stop now"
     assert batch.sampling.take([0], np.array([3])).penalties is None
+
+
+def test_masks_of_slots_and_host_reach_the_batch() -> None:
+    batch = make_batch()
+    rows = [
+        row_of(0, [1], [[1]], allowed_token_ids=(4, 7)),
+        row_of(1, [1], [[2]], bad_words=((6,), (8, 9))),
+        row_of(2, [1], [[3]]),
+    ]
+    batch.apply(step_of([], new_rows=rows))
+    masks = HostMasks(banned={5: [7], 6: [3]})
+    sampling = batch.sampling.take([0, 1, 2], np.array([1, 1, 1]), [5, 6, 7], masks)
+    assert {row: words.tolist() for row, words in sampling.allowed.items()} == {0: [1 << 4, 0]}
+    assert [(row, ids.tolist()) for row, ids in sampling.banned] == [(1, [3, 6])]
+    batch.apply(step_of([], freed_slots=[0, 1, 2], new_rows=[row_of(slot, [1], [[1]]) for slot in range(3)]))
+    again = batch.sampling.take([0, 1, 2], np.array([1, 1, 1]))
+    assert not again.allowed and not again.banned
+
+
+@pytest.mark.parametrize(
+    ("sampling", "mode"),
+    [
+        ({"temperature": 0.0}, "greedy"),
+        ({}, "random"),
+        ({"min_p": 0.1}, "filtered"),
+        ({"bad_words": ((3, 4),)}, "random"),  # depends on the tokens before: the host says in which step
+        ({"typical_p": 0.9}, None),
+        ({"allowed_token_ids": (3,)}, None),
+        ({"bad_words": ((3,),)}, None),
+        ({"logit_bias": {3: 1.0}}, None),
+        ({"logprobs": 0}, None),
+        ({"presence_penalty": 0.1}, None),
+        ({"min_tokens": 2, "row_stop_token_ids": (5,)}, None),
+    ],
+)
+def test_the_sampling_kernel_serves_what_it_knows(sampling: dict[str, Any], mode: str | None) -> None:
+    batch = make_batch(on_device=True)
+    batch.apply(step_of([], new_rows=[row_of(1, [1, 2], [[1]], temperature=0.0), row_of(3, [1, 2], [[1]], **sampling)]))
+    assert batch.sampling.kernel_mode(np.array([1, 3]), np.array([2, 2])) == mode
+    assert batch.sampling.kernel_mode(np.array([1]), np.array([2])) == "greedy"
+    batch.apply(step_of([], freed_slots=[3], new_rows=[row_of(3, [1, 2], [[1]])]))
+    assert batch.sampling.kernel_mode(np.array([1, 3]), np.array([2, 2])) == "random", "a slot keeps nothing"
 
 
 def counts_of(counts: TokenCounts, slot: int) -> tuple[list[int], dict[int, int]]:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from engine.attention.base import group_layers
 from engine.attention.hf import ATTENTION_NAME, probe_layers, register
 from engine.attention.sdpa import SdpaBackend
+from engine.messages import Pooling
 from engine.model_runner import MAX_PROMPT_LOGITS_ROWS, ModelRunner
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.split_model import SplitModel
@@ -250,6 +251,100 @@ def test_host_masks_hold_for_their_row_and_its_forks(runner: ModelRunner) -> Non
     step = step_of([(0, 0, 17), (1, 0, 17)], new_rows=[parent, other], forks=[fork])
     output = run(runner, step, HostMasks({0: allowed}))
     assert output.token_ids[0] == output.token_ids[2] == 69 != output.token_ids[1]
+
+
+def test_host_bans_hold_for_their_row_and_its_forks(runner: ModelRunner, reference: Any) -> None:
+    prompt = PROMPTS[1]
+    with torch.inference_mode():
+        best, second = reference(torch.tensor(prompt[None], dtype=torch.int64)).logits[0, -1].topk(2).indices.tolist()
+    parent, other = new_row(0, prompt), new_row(1, prompt)
+    fork = Fork(0, new_row(2, prompt), [(0, parent.block_ids[0][2], new_row(2, prompt).block_ids[0][2])])
+    step = step_of([(0, 0, 17), (1, 0, 17)], new_rows=[parent, other], forks=[fork])
+    assert run(runner, step, HostMasks(banned={0: [best]})).token_ids == [second, best, second]
+
+
+def test_masks_of_a_choice_hold_for_all_its_tokens_and_for_no_other(runner: ModelRunner, reference: Any) -> None:
+    """Greedy, so that ignoring one of them would show: the best tokens of the plain row are not to be had."""
+    prompt, count = PROMPTS[2], 6
+    plain = generate(reference, prompt, count)
+    few = tuple(range(100, 110))
+    knobs: list[dict[str, Any]] = [
+        {},
+        {"allowed_token_ids": few},
+        {"bad_words": tuple((token,) for token in set(plain))},
+        {"allowed_token_ids": few, "bad_words": tuple((token,) for token in few[1:])},
+    ]
+    rows = [new_row(slot, prompt, SamplingParams(temperature=0.0, max_tokens=64, **knob)) for slot, knob in enumerate(knobs)]
+    first = run(runner, step_of([(slot, 0, 30) for slot in range(4)], new_rows=rows)).token_ids
+    rest = decode(runner, dict.fromkeys(range(4), 31), count - 1)
+    tokens = [[token, *rest[slot]] for slot, token in enumerate(first)]
+    assert tokens[0] == plain
+    assert set(tokens[1]) <= set(few) and not set(tokens[2]) & set(plain) and tokens[3] == [few[0]] * count
+    # each is what the logits say, masked
+    known = torch.tensor([prompt.tolist() + tokens[2]], dtype=torch.int64)
+    with torch.inference_mode():
+        logits = reference(known).logits[0, len(prompt) - 1 : -1]
+        logits[:, plain] = float("-inf")
+    assert tokens[2] == logits.argmax(-1).tolist()
+
+
+def test_typical_p_reaches_the_sampler(runner: ModelRunner, reference: Any) -> None:
+    """With a mass of almost nothing only the most typical token is left, whatever the seed."""
+    prompt = PROMPTS[1]
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor(prompt[None], dtype=torch.int64)).logits[0, -1].log_softmax(-1)
+    typical = int((logprobs - (logprobs.exp() * logprobs).sum()).abs().argmin())
+    assert typical != int(logprobs.argmax())
+    rows = [new_row(slot, prompt, SamplingParams(typical_p=1e-6), seed=slot) for slot in range(3)]
+    assert run(runner, step_of([(slot, 0, 17) for slot in range(3)], new_rows=rows)).token_ids == [typical] * 3
+
+
+def pooled(runner: ModelRunner, pooling: Pooling, prompt: Any, cuts: list[int], slot: int = 3) -> np.ndarray:
+    """The vectors of a prompt's chunks, put together as the scheduler does; a plain row decodes beside it all the while."""
+    total, start = np.zeros(64, dtype=np.float32), 0
+    row = new_row(slot, prompt, SamplingParams(max_tokens=0), room=len(prompt))
+    row.pooling = pooling
+    run(runner, step_of([(0, 0, 3)], new_rows=[new_row(0, PROMPTS[0])]))
+    for i, end in enumerate([*cuts, len(prompt)]):
+        step = step_of(
+            [(0, 3 + i, 1), (slot, start, end - start)],
+            new_rows=[row] if start == 0 else [],
+            sampled_rows=[0],
+            pooled_rows=[1],
+        )
+        output = run(runner, step)
+        assert list(output.pooled) == [1] and len(output.token_ids) == 1
+        vector = output.pooled[1]
+        assert vector.dtype == np.float32 and vector.shape == (64,)
+        total, start = (total + vector if pooling == "mean" else vector), end
+    return total / len(prompt) if pooling == "mean" else total
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [16], [5, 6, 29]])
+def test_pooled_hidden_states_are_hugging_face_s(runner: ModelRunner, reference: Any, cuts: list[int]) -> None:
+    prompt = PROMPTS[2]
+    with torch.inference_mode():
+        output = reference(torch.tensor(prompt[None], dtype=torch.int64), output_hidden_states=True)
+    states = output.hidden_states[-1][0].numpy()
+    assert pooled(runner, "mean", prompt, cuts) == pytest.approx(states.mean(0), abs=1e-5)
+    run(runner, SchedulerOutput(1, freed_slots=[0, 3]))
+    assert pooled(runner, "last", prompt, cuts) == pytest.approx(states[-1], abs=1e-5)
+    run(runner, SchedulerOutput(1, freed_slots=[0, 3]))
+    plain = run(runner, step_of([(3, 0, 30)], new_rows=[new_row(3, prompt)]))
+    assert plain.pooled == {}, "the slot keeps nothing"
+
+
+def test_pooled_rows_of_both_kinds_in_one_step(runner: ModelRunner, reference: Any) -> None:
+    rows = [new_row(slot, prompt, SamplingParams(max_tokens=0)) for slot, prompt in enumerate(PROMPTS)]
+    rows[0].pooling, rows[1].pooling, rows[2].pooling = "mean", "last", "mean"
+    spans = [(slot, 0, len(prompt)) for slot, prompt in enumerate(PROMPTS)]
+    output = run(runner, step_of(spans, new_rows=rows, sampled_rows=[], pooled_rows=[0, 2, 1]))
+    assert sorted(output.pooled) == [0, 1, 2]
+    for slot, prompt in enumerate(PROMPTS):
+        with torch.inference_mode():
+            states = reference.model(torch.tensor(prompt[None], dtype=torch.int64)).last_hidden_state[0].numpy()
+        expected = states[-1] if slot == 1 else states.sum(0)
+        assert output.pooled[slot] == pytest.approx(expected, abs=1e-4)
 
 
 def test_ids_past_the_vocabulary_are_never_sampled(folder: Path, reference: Any) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.input_batch import PenaltyRows, SamplingBatch
 from engine.philox import log_exponential, philox4x32, token_noise, token_noise_on_host
 from engine.sampler import NOISE_RANGE, compute_logprobs, gumbel_argmax_dense, gumbel_argmax_pruned, sample
+from engine.sampling_slots import PenaltyRows, SamplingBatch
 
 VOCAB = 61  # no multiple of the four lanes
 
@@ -23,6 +23,7 @@ def batch_of(count: int, **columns: Any) -> SamplingBatch:
         "temperature": 1.0,
         "top_p": 1.0,
         "min_p": 0.0,
+        "typical_p": 1.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
@@ -143,6 +144,7 @@ def crowd_columns(rows: int) -> dict[str, Any]:
         "top_k": rng.choice([0, 1, 5, 40, 10000], size=rows),
         "top_p": rng.choice([1.0, 0.3, 0.9, 0.999], size=rows),
         "min_p": rng.choice([0.0, 0.0, 0.05, 0.4], size=rows),
+        "typical_p": rng.choice([1.0, 1.0, 0.2, 0.9], size=rows),
         "seed": rng.integers(0, 2**64, size=rows, dtype=np.uint64),
         "output_index": rng.integers(0, 50, size=rows),
     }
@@ -210,11 +212,17 @@ def test_temperature_near_zero_is_greedy_and_high_flattens() -> None:
         ({"top_k": 2, "top_p": 0.7}, {0, 1}),  # of the two that are left the first has two thirds
         ({"top_k": 2, "top_p": 0.6}, {0}),
         ({"top_k": 3, "min_p": 0.4}, {0, 1}),
+        ({"typical_p": 0.2}, {1}),  # the entropy is 1.94 bits: the token of 2 bits is the most typical, the best one is not
+        ({"typical_p": 0.3}, {0, 1}),
+        ({"typical_p": 0.8}, {0, 1, 2}),
+        ({"typical_p": 0.95}, {0, 1, 2, 3, 4, 5}),  # the fifth and sixth are equally far
+        ({"top_k": 2, "typical_p": 0.5}, {0}),  # of the two that are left, 0.92 bits: 0.58 is nearer than 1.58
     ],
 )
 def test_cuts_keep_exactly_these(columns: dict[str, Any], kept: set[int]) -> None:
     assert set(draw(LADDER, 300, **columns)) == kept
-    mixed = draw(LADDER, 400, **{k: [v, 0 if k != "top_p" else 1.0] * 200 for k, v in columns.items()})
+    off = {"top_p": 1.0, "typical_p": 1.0}
+    mixed = draw(LADDER, 400, **{k: [v, off.get(k, 0)] * 200 for k, v in columns.items()})
     assert set(mixed[::2]) <= kept and set(mixed[1::2]) == set(range(6)), "a neighbour without the knob is not cut"
 
 
@@ -225,6 +233,67 @@ def test_top_p_against_a_full_sort() -> None:
         kept = set(ids[(probs.cumsum(0) - probs) < top_p].tolist())
         drawn = set(draw(logits, 1500, top_p=top_p))
         assert drawn <= kept and len(drawn) > len(kept) / 4
+
+
+def finite(logits: torch.Tensor) -> list[set[int]]:
+    return [set(torch.nonzero(row.isfinite())[:, 0].tolist()) for row in logits]
+
+
+def kept_tokens(logits: torch.Tensor, **columns: Any) -> list[set[int]]:
+    """Of each row, the tokens that its knobs leave."""
+    logits = logits.clone()
+    sample(logits, batch_of(len(logits), **columns))  # what falls out is -inf in the logits it was given
+    return finite(logits)
+
+
+def plainly_typical(logits: torch.Tensor, mass: float) -> set[int]:
+    """The definition, in float64: the smallest set of the tokens nearest to the entropy that has the mass."""
+    logprobs = logits.double().log_softmax(0)
+    probs = logprobs.exp()
+    entropy = -float((probs * logprobs).nansum())
+    kept: set[int] = set()
+    total = 0.0
+    for token in sorted(range(len(logits)), key=lambda i: abs(-float(logprobs[i]) - entropy)):
+        if total >= mass:
+            break
+        kept.add(token)
+        total += float(probs[token])
+    return kept
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 6.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_typical_p_against_its_definition(scale: float, temperature: float) -> None:
+    logits = random_logits(6, 700, scale)
+    masses = [0.05, 0.2, 0.5, 0.9, 0.99, 1.0]
+    expected = [plainly_typical(row / temperature, mass) for row, mass in zip(logits, masses, strict=True)]
+    expected[-1] = set(range(700))  # 1 is off
+    assert kept_tokens(logits, typical_p=masses, temperature=temperature) == expected
+
+
+def test_typical_p_is_that_of_transformers() -> None:
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits = random_logits(8, 300, 3.0)
+    for mass in (0.1, 0.6, 0.95):
+        ids = torch.zeros(8, 1, dtype=torch.int64)
+        theirs = warpers.TypicalLogitsWarper(mass)(ids, warpers.TopKLogitsWarper(50)(ids, logits))
+        assert kept_tokens(logits, typical_p=mass, top_k=50) == [
+            set(torch.nonzero(r.isfinite())[:, 0].tolist()) for r in theirs
+        ]
+
+
+def test_typical_p_comes_after_the_other_cuts() -> None:
+    """Of what these leave, renormalised: each alone would leave another set."""
+    logits = random_logits(1, 400, 2.5)
+    for columns in ({"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.1}):
+        (cut,) = kept_tokens(logits, **columns)
+        left = torch.full_like(logits, float("-inf"))
+        left[0, list(cut)] = logits[0, list(cut)]
+        assert kept_tokens(logits, typical_p=0.5, **columns) == [plainly_typical(left[0], 0.5)]
+
+
+def test_greedy_rows_take_the_best_token_whatever_typical_p_says() -> None:
+    assert draw(LADDER, 5, temperature=0.0, typical_p=0.2) == [0] * 5
 
 
 def test_logit_bias_adds() -> None:
