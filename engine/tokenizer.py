@@ -224,6 +224,10 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
+    def vocabulary_text(self, token_id: int) -> str:
+        """A token as the vocabulary writes it; "" for an id it does not know."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_text(self, token_id: int) -> str:
         """One token's own text, special tokens included; bytes that are no whole character show as U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
