@@ -30,7 +30,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.messages import Accepted, AddRequest, EngineMessage, FrontendMessage, RequestOutput, StepOutputs
 from engine.sampling_params import SamplingParams
 from engine.supervisor import Supervisor
-from server.api.completions import Completion, CompletionChoice
+from server.api.completion_choices import CompletionChoice
+from server.api.completions import Completion
 from server.app import create_app
 from server.config import ServerConfig
 from server.sse import EventTemplate

@@ -25,7 +25,7 @@ _encode_text = msgspec.json.Encoder().encode
 
 
 def event(data: bytes, name: str | None = None) -> bytes:
-    """One event around JSON that is already encoded (so without line breaks). name: its type, for clients that listen by type."""
+    """One event around JSON that is already encoded (so without line breaks). name: its type, for clients that go by types."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + data + b"\n\n"
 

@@ -102,7 +102,7 @@ def validate(body_type: type[Body], data: dict[str, Any], *, strict: bool) -> tu
     try:
         body = body_type.model_validate(data)
     except ValidationError as error:
-        raise _invalid_request(error) from None
+        raise invalid_request(error) from None
     ignored = []
     for owner, path, name, value in _undeclared_fields(body, ""):
         if name in owner.UNSUPPORTED:
@@ -141,9 +141,10 @@ def _safe_name(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.\[\]-]", "?", path[:64])
 
 
-def _invalid_request(error: ValidationError) -> InvalidRequest:
+def invalid_request(error: ValidationError, prefix: str = "") -> InvalidRequest:
+    """The first of pydantic's errors, without the input. prefix: path of what was validated, where that was no whole body."""
     first = error.errors(include_url=False, include_context=False)[0]
-    path = ""
+    path = prefix
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     path = _safe_name(path.lstrip("."))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter
@@ -15,50 +14,58 @@ from starlette.responses import Response
 
 from engine.client import ChoiceDelta
 from engine.errors import InvalidRequest
-from engine.messages import EngineReady, TokenLogprobs
-from engine.sampling_params import MAX_LOGPROBS
+from engine.messages import EngineReady
+from engine.sampling_params import MAX_N, SamplingParams
 from engine.tokenizer import Tokenizer
-from server.api.body import json_type, read_json_object, validate
-from server.api.generation import Generation, Prompt, Usage, in_thread_if_long
-from server.api.logprobs import LegacyLogprobs, LegacyLogprobsBuilder
-from server.api.sampling import GenerationRequest, Integer, answer_id, check_vocabulary, output_limit
+from server.api.body import read_json_object, validate
+from server.api.completion_choices import ChoiceBuilder, CompletionChoice, WholeChoices
+from server.api.generation import Generation, Prompt, Usage
+from server.api.prompts import PROMPT_SCHEMA, PromptTokens, read_prompts
+from server.api.sampling import (
+    GenerationRequest,
+    Integer,
+    answer_id,
+    check_logprobs,
+    output_limit,
+    truncate_prompt,
+)
 from server.disconnect import unless_disconnected
 from server.errors import error_event_body
 from server.sse import DONE, EventStream, EventTemplate, event
 from server.state import ServerState
 
 DEFAULT_MAX_TOKENS = 16
-MAX_PROMPTS = 2048
-
-_PROMPT_SCHEMA = {
-    "anyOf": [
-        {"type": "string"},
-        {"type": "array", "items": {"type": "string"}},
-        {"type": "array", "items": {"type": "integer"}},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-    ]
-}
 
 
 class CompletionRequest(GenerationRequest):
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        **GenerationRequest.UNSUPPORTED,
-        "suffix": ("",),
-        "best_of": (1,),
-    }
-
-    prompt: Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
+    suffix: str = ""
     echo: bool = False
     logprobs: Integer | None = None
+    best_of: Integer | None = None
     add_special_tokens: bool = True
 
+    @property
+    def num_generated(self) -> int:
+        """Choices to generate for each prompt, of which `n` are returned. Raises InvalidRequest."""
+        if self.best_of is None:
+            return self.n
+        if not self.n <= self.best_of <= MAX_N:
+            raise InvalidRequest(f"best_of must be between n ({self.n}) and {MAX_N}, got {self.best_of}.", param="best_of")
+        if self.stream and self.best_of != self.n:
+            raise InvalidRequest("best_of above n cannot be streamed: the best is known at the end.", param="best_of")
+        return self.best_of
 
-class CompletionChoice(msgspec.Struct, omit_defaults=True):
-    index: int
-    text: str
-    logprobs: LegacyLogprobs | None
-    finish_reason: str | None
-    stop_reason: str | int | None = None
+    def check_prompt_options(self) -> None:
+        """Raises InvalidRequest for options that are out of range or exclude each other."""
+        check_logprobs(self.logprobs, "logprobs")
+        check_logprobs(self.prompt_logprobs, "prompt_logprobs")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequest("max_tokens may be 0 only with echo: true or prompt_logprobs.", param="max_tokens")
+        if self.suffix and self.echo:
+            raise InvalidRequest("echo is not possible with suffix.", param="echo")
+        if self.suffix and self.truncate_prompt_tokens is not None:
+            raise InvalidRequest("truncate_prompt_tokens is not possible with suffix.", param="truncate_prompt_tokens")
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -90,57 +97,28 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-async def _tokenize(body: CompletionRequest, tokenizer: Tokenizer, ready: EngineReady) -> list[tuple[list[int], str | None]]:
-    """(ids, text or None) of every prompt. Raises InvalidRequest."""
-    given = body.prompt
-    single = isinstance(given, str) or (isinstance(given, list) and bool(given) and not isinstance(given[0], str | list))
-    prompts = [given] if single else given
-    if not isinstance(prompts, list) or not prompts:
-        got = "an empty array" if prompts == [] else json_type(given)
-        raise InvalidRequest(f"prompt must be a string, token ids, or an array of either, got {got}.", param="prompt")
-    if len(prompts) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", param="prompt")
-    result: list[tuple[list[int], str | None]] = []
-    for index, prompt in enumerate(prompts):
-        name = "prompt" if single else f"prompt[{index}]"
-        if type(prompt) is not type(prompts[0]):
-            raise InvalidRequest(f"{name} is {json_type(prompt)}, prompt[0] {json_type(prompts[0])}: use one.", param="prompt")
-        if isinstance(prompt, str):
-            encode = partial(tokenizer.encode, prompt, add_special_tokens=body.add_special_tokens)
-            token_ids = await in_thread_if_long(len(prompt), encode) if prompt else []
-            text: str | None = prompt
-        else:
-            token_ids, text = _check_token_ids(prompt, name), None
-        if not token_ids:
-            raise InvalidRequest(f"{name} is empty; give at least one token.", param="prompt", code="empty_prompt")
-        check_vocabulary(token_ids, ready.vocab_size, "prompt")
-        result.append((token_ids, text))
-    return result
-
-
-def _check_token_ids(prompt: object, name: str) -> list[int]:
-    if not isinstance(prompt, list):
-        raise InvalidRequest(f"{name} must be a string or an array of token ids, got {json_type(prompt)}.", param="prompt")
-    wrong = [item for item in prompt if type(item) is not int]
-    if wrong:
-        raise InvalidRequest(f"{name} must hold integers only, got {json_type(wrong[0])} among them.", param="prompt")
-    return prompt
-
-
 class _Answer:
-    """One request on its way to being answered. A choice's index counts prompts first: prompt × n + choice."""
+    """One request on its way to being answered."""
 
     def __init__(self, body: CompletionRequest, model: str, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
         self.body = body
         self._id = answer_id("cmpl", body.request_id)
         self._created = int(time.time())
         self._model = model
-        self._tokenizer = tokenizer
-        self._prompts = prompts
         self._include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
+        # Without a template every event is encoded as a whole.
+        self._has_plain_events = not (body.continuous_usage or body.return_token_ids)
         self._plain_events: dict[int, EventTemplate] = {}
-        self._logprobs: dict[int, LegacyLogprobsBuilder] = {}
-        self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self._builder = ChoiceBuilder(
+            tokenizer,
+            prompts,
+            echo=body.echo,
+            skip_special_tokens=body.skip_special_tokens,
+            num_logprobs=body.logprobs,
+            num_prompt_logprobs=body.prompt_logprobs,
+            return_token_ids=body.return_token_ids,
+        )
         self.generation: Generation
 
     @classmethod
@@ -148,23 +126,12 @@ class _Answer:
         """Everything that can be refused is refused here, before there is a response. Raises OctavoError."""
         model = state.resolve_model(body.model)
         ready = state.require_ready()
-        if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {body.logprobs}.", param="logprobs")
-        if body.max_tokens == 0 and not body.echo:
-            raise InvalidRequest("max_tokens may be 0 only with echo: true.", param="max_tokens")
+        body.check_prompt_options()
         tokenizer = state.client.tokenizer
-        prompts = []
-        for token_ids, text in await _tokenize(body, tokenizer, ready):
-            limit = output_limit(len(token_ids), body.max_tokens, DEFAULT_MAX_TOKENS, ready, "max_tokens")
-            sampling = body.sampling_params(
-                ready,
-                tokenizer,
-                max_tokens=limit,
-                n=body.n,
-                logprobs=body.logprobs,
-                prompt_logprobs=body.logprobs if body.echo else None,
-            )
-            prompts.append(Prompt(token_ids, text, sampling))
+        tokens = await read_prompts(
+            body.prompt, tokenizer, ready, suffix=body.suffix, add_special_tokens=body.add_special_tokens
+        )
+        prompts = _prompts(body, tokens, tokenizer, ready)
         answer = cls(body, model, tokenizer, prompts)
         start = Generation.start(state, answer._id, prompts, body, arrival)
         answer.generation = await unless_disconnected(request.receive, start)
@@ -172,23 +139,15 @@ class _Answer:
 
     async def whole(self) -> bytes:
         """The answer to a request that does not stream."""
-        choices: dict[int, CompletionChoice] = {}
-        pieces: dict[int, list[str]] = {}
+        choices = WholeChoices(self._builder)
         try:
             async for prompt_index, deltas in self.generation.deltas():
                 for delta in deltas:
-                    part = self._choice(prompt_index, delta)
-                    pieces.setdefault(part.index, []).append(part.text)
-                    choice = choices.setdefault(part.index, part)
-                    choice.finish_reason, choice.stop_reason = part.finish_reason, part.stop_reason
-                    if choice is not part and choice.logprobs is not None and part.logprobs is not None:
-                        choice.logprobs.extend(part.logprobs)
+                    choices.add(prompt_index, delta)
         finally:
             self.generation.close()
-        for index, choice in choices.items():
-            choice.text = "".join(pieces[index])
-        ordered = [choices[index] for index in sorted(choices)]
-        return msgspec.json.encode(self._envelope(ordered, self.generation.usage()))
+        best = choices.best(self.body.num_generated, self.body.n)
+        return msgspec.json.encode(self._envelope(best, self.generation.usage()))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; an error on the way becomes an event too."""
@@ -223,44 +182,46 @@ class _Answer:
 
     def _event(self, prompt_index: int, delta: ChoiceDelta) -> bytes:
         """One delta's event; empty where there is nothing to say."""
-        index = prompt_index * self.body.n + delta.choice_index
+        index = self._builder.index(prompt_index, delta)
         plain = self._plain_events.get(index)
         if plain is not None and delta.logprobs is None and delta.finish_reason is None:
             return plain.fill(delta.text) if delta.text else b""
-        if plain is None:
+        if plain is None and self._has_plain_events:
             data = self._encode_chunk(CompletionChoice(index, "", None, None))
             self._plain_events[index] = EventTemplate(data, "text")
-        choice = self._choice(prompt_index, delta)
-        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
-            return b""
-        return event(self._encode_chunk(choice))
+        choice = self._builder.part(prompt_index, delta)
+        return b"" if choice.says_nothing else event(self._encode_chunk(choice))
 
     def _encode_chunk(self, choice: CompletionChoice) -> bytes:
+        if self._continuous_usage:
+            return msgspec.json.encode(self._envelope([choice], self.generation.usage()))
         return msgspec.json.encode(self._envelope([choice], None if self._include_usage else msgspec.UNSET))
 
     def _envelope(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def _choice(self, prompt_index: int, delta: ChoiceDelta) -> CompletionChoice:
-        index = prompt_index * self.body.n + delta.choice_index
-        text, logprobs = delta.text, None
-        builder = self._logprobs.get(index)
-        if builder is None:  # the choice's first event
-            builder = self._logprobs[index] = LegacyLogprobsBuilder(self._tokenizer)
-            if self.body.echo:
-                prompt = self._prompts[prompt_index]
-                text = self._prompt_text(prompt) + text
-                # The engine sends them once, with the first choice's first event; all choices echo the same.
-                if delta.prompt_logprobs is not None:
-                    self._prompt_logprobs[prompt_index] = delta.prompt_logprobs
-                if prompt_index in self._prompt_logprobs:
-                    logprobs = builder.build(prompt.token_ids, self._prompt_logprobs[prompt_index])
-        if delta.logprobs is not None:
-            own = builder.build(delta.token_ids, delta.logprobs)
-            logprobs = own if logprobs is None else logprobs.extend(own)
-        return CompletionChoice(index, text, logprobs, delta.finish_reason, delta.stop_reason)
 
-    def _prompt_text(self, prompt: Prompt) -> str:
-        if prompt.text is not None:
-            return prompt.text
-        return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=self.body.skip_special_tokens)
+def _prompts(body: CompletionRequest, tokens: Sequence[PromptTokens], tokenizer: Tokenizer, ready: EngineReady) -> list[Prompt]:
+    """Each prompt with its sampling parameters, which differ in nothing but the limit and a seed that is drawn."""
+    num_generated, structured = body.num_generated, body.structured_spec()
+    asked_of_prompt = [body.logprobs if body.echo else None, body.prompt_logprobs]
+    sampling: SamplingParams | None = None
+    prompts = []
+    for token_ids, text in tokens:
+        kept = truncate_prompt(token_ids, body.truncate_prompt_tokens, body.max_tokens, DEFAULT_MAX_TOKENS, ready)
+        limit = output_limit(len(kept), body.max_tokens, DEFAULT_MAX_TOKENS, ready, "max_tokens")
+        if sampling is None:
+            sampling = body.sampling_params(
+                ready,
+                tokenizer,
+                max_tokens=limit,
+                n=num_generated,
+                # The best are chosen by their logprobs, whether these are shown or not.
+                logprobs=0 if body.logprobs is None and num_generated > body.n else body.logprobs,
+                prompt_logprobs=max((number for number in asked_of_prompt if number is not None), default=None),
+                structured=structured,
+            )
+        else:
+            sampling = msgspec.structs.replace(sampling, max_tokens=limit, seed=body.draw_seed())
+        prompts.append(Prompt(kept, text if len(kept) == len(token_ids) else None, sampling))
+    return prompts

@@ -49,11 +49,51 @@ class LegacyLogprobsBuilder:
                 part.top_logprobs.append(None)
                 continue
             part.token_logprobs.append(_finite(entry.logprob))
-            top = zip(entry.top_token_ids, entry.top_logprobs, strict=True)
-            best = {token_string(self._tokenizer, top_id): _finite(value) for top_id, value in top}
+            best: dict[str, float] = {}
+            # Of tokens that read the same the best one is listed: whoever looks for the maximum is to find it.
+            for top_id, value in zip(entry.top_token_ids, entry.top_logprobs, strict=True):
+                best.setdefault(token_string(self._tokenizer, top_id), _finite(value))
             # The chosen token is always listed, so there may be one more than was asked for.
-            part.top_logprobs.append({**best, token: _finite(entry.logprob)})
+            best.setdefault(token, _finite(entry.logprob))
+            part.top_logprobs.append(best)
         return part
+
+
+class PromptLogprob(msgspec.Struct):
+    """vLLM's shape. rank: 1 is the best."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""By prompt token, None for the first one: token id -> its logprob, of the given token and then of the best ones."""
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], num_top: int
+) -> PromptLogprobs:
+    """entries: parallel to token_ids, with at least `num_top` best tokens each."""
+    result: PromptLogprobs = []
+    for token_id, entry in zip(token_ids, entries, strict=True):
+        if entry is None:
+            result.append(None)
+            continue
+        found = {token_id: PromptLogprob(_finite(entry.logprob), entry.rank, token_string(tokenizer, token_id))}
+        best = zip(entry.top_token_ids[:num_top], entry.top_logprobs, strict=False)
+        for rank, (top_id, value) in enumerate(best, 1):
+            found.setdefault(top_id, PromptLogprob(_finite(value), rank, token_string(tokenizer, top_id)))
+        result.append(found)
+    return result
+
+
+def with_best(entries: Sequence[TokenLogprobs | None], num_top: int) -> list[TokenLogprobs | None]:
+    """The entries with no more than `num_top` of the best tokens each."""
+    return [
+        entry and TokenLogprobs(entry.logprob, entry.rank, entry.top_token_ids[:num_top], entry.top_logprobs[:num_top])
+        for entry in entries
+    ]
 
 
 class TopLogprob(msgspec.Struct):

@@ -14,6 +14,7 @@ from engine.messages import EngineReady
 from engine.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SEED, SamplingParams, StructuredSpec
 from engine.tokenizer import Tokenizer
 from server.api.body import RequestBody, json_type
+from server.api.structured import StructuredFields
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
@@ -51,12 +52,6 @@ class SamplingRequest(RequestBody):
     when the model has no default of its own."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "guided_json": (),
-        "guided_regex": (),
-        "guided_choice": (),
-        "guided_grammar": (),
         "logits_processors": ([],),
         "prompt_embeds": (),
         "use_beam_search": (False,),
@@ -168,7 +163,7 @@ class SamplingRequest(RequestBody):
         return {int(key): bias for key, bias in self.logit_bias.items()}
 
 
-class GenerationRequest(SamplingRequest):
+class GenerationRequest(StructuredFields, SamplingRequest):
     """What completions and chat take beyond that."""
 
     n: Integer = 1
