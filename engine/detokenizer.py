@@ -226,8 +226,8 @@ class TextDelta(NamedTuple):
 class Detokenizer:
     """The text of one choice while its tokens arrive.
 
-    Text that could be the beginning of a stop string is held back until it is known not to be. Of several stop strings the
-    one that ends first wins, then the one that starts first. Stop strings are looked for in the text of the tokens after
+    Text that could be the beginning of a stop string is held back until it is known not to be; where stop strings are part of
+    the output, nothing need be. Of several stop strings the one that ends first wins, then the one that starts first. Stop strings are looked for in the text of the tokens after
     the first `min_tokens` only. Raises InvalidRequest for stop strings that are empty or not valid Unicode.
 
     is_plain: there are no stop strings; then `push` is `append` for one token, without a TextDelta.
@@ -246,6 +246,7 @@ class Detokenizer:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._held = ""
+        self._num_held_sent = 0  # characters of what is held that have been sent nevertheless
         self._stopped: str | None = None
         self._first_chars = frozenset(string[0] for string in stop)
         self._max_held = max(map(len, stop), default=1) - 1
@@ -273,24 +274,30 @@ class Detokenizer:
         """The text still held back, when the choice ends without a stop string. "" after a stop string."""
         if self._stopped is not None:
             return ""
-        text = self._held + self._source.flush()
-        self._held = ""
+        text = self._held[self._num_held_sent :] + self._source.flush()
+        self._held, self._num_held_sent = "", 0
         return text
 
     def _scan(self, text: str) -> str:
         """Adds `text` to what is held and returns what can be sent; sets `_stopped` at a match."""
-        text = self._held + text
+        text, num_sent = self._held + text, self._num_held_sent
         matches = [(start + len(s), start, s) for s in self._stop if (start := text.find(s)) >= 0]
         if matches:
             end, start, self._stopped = min(matches)
             self._held = ""
-            return text[:end] if self._include_stop else text[:start]
+            return text[num_sent:end] if self._include_stop else text[:start]
+        self._held = self._stop_beginning(text)
+        if self._include_stop:
+            self._num_held_sent = len(self._held)
+            return text[num_sent:]
+        return text[: len(text) - len(self._held)]
+
+    def _stop_beginning(self, text: str) -> str:
+        """The longest end of `text` that a stop string begins with."""
         for start in range(max(0, len(text) - self._max_held), len(text)):
             if text[start] in self._first_chars and self._begins_stop(text[start:]):
-                self._held = text[start:]
-                return text[:start]
-        self._held = ""
-        return text
+                return text[start:]
+        return ""
 
     def _begins_stop(self, suffix: str) -> bool:
         return any(string.startswith(suffix) for string in self._stop)
