@@ -227,8 +227,9 @@ class Detokenizer:
     """The text of one choice while its tokens arrive.
 
     Text that could be the beginning of a stop string is held back until it is known not to be; where stop strings are part of
-    the output, nothing need be. Of several stop strings the one that ends first wins, then the one that starts first. Stop strings are looked for in the text of the tokens after
-    the first `min_tokens` only. Raises InvalidRequest for stop strings that are empty or not valid Unicode.
+    the output, nothing need be. Of several stop strings the one that ends first wins, then the one that starts first. They are
+    looked for in the text of the tokens after the first `min_tokens` only. Raises InvalidRequest for stop strings that are
+    empty or not valid Unicode.
 
     is_plain: there are no stop strings; then `push` is `append` for one token, without a TextDelta.
     """
