@@ -40,6 +40,10 @@ class Health(msgspec.Struct):
     progress: LoadProgress | None
 
 
+class Version(msgspec.Struct):
+    version: str
+
+
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["server"])
     page = Template(PAGE.read_text(encoding="utf-8"))
@@ -56,7 +60,7 @@ def router(state: ServerState) -> APIRouter:
     @routes.get("/version")
     async def get_version() -> Response:
         """Octavo's version."""
-        return Response(msgspec.json.encode({"version": VERSION}), media_type="application/json")
+        return Response(msgspec.json.encode(Version(VERSION)), media_type="application/json")
 
     @routes.get("/metrics")
     async def get_metrics() -> Response:
