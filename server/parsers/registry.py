@@ -28,8 +28,8 @@ REASONING_FORMATS = {
 # The first row of which every string is in a template's source decides.
 _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>",)),
-    ("deepseek_v3", ("<｜tool▁call▁begin｜>", "```json")),
-    ("deepseek_v31", ("<｜tool▁call▁begin｜>",)),
+    ("deepseek_v3", ("<\uff5ctool\u2581call\u2581begin\uff5c>", "```json")),
+    ("deepseek_v31", ("<\uff5ctool\u2581call\u2581begin\uff5c>",)),
     ("mistral_args", ("[TOOL_CALLS]", "[ARGS]")),
     ("mistral", ("[TOOL_CALLS]",)),
     ("qwen3_coder", ("<function=",)),
