@@ -54,7 +54,7 @@ class ChoiceDelta(msgspec.Struct, gc=False):
     finish_reason: "stop" | "length", on the last one. stop_reason: the stop string, or the caller's stop token
     id, that ended it; None for the model's own end.
     prompt_logprobs: with the first delta of the choice, when asked for. queue_s, prefill_s: with the first one; embedding too.
-    num_preemptions: with the last one.
+    num_preemptions: so far.
     """
 
     choice_index: int
@@ -162,8 +162,8 @@ class RequestStream:
             delta.num_cached_tokens = output.num_cached_tokens
             delta.queue_s, delta.prefill_s = output.queue_s, output.prefill_s
             delta.embedding = output.embedding
+        delta.num_preemptions = output.num_preemptions
         if delta.finish_reason is not None:
-            delta.num_preemptions = output.num_preemptions
             choice.finished = True
             self._num_unfinished -= 1
             self.finished = not self._num_unfinished

@@ -143,7 +143,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, 
     finish_reason: "stop" | "length" | "error" | None; stop_token_id: the token that ended it, included in token_ids.
     Set with the choice's first output only: num_cached_tokens, prompt tokens that the prefix cache served; prompt_logprobs, one
     entry a prompt token, the first None; queue_s and prefill_s; embedding: float32 [hidden size], little endian, not
-    normalised. Set with the last output only: num_preemptions.
+    normalised. num_preemptions: so far.
     """
 
     request_id: str

@@ -351,7 +351,9 @@ class Scheduler:
         self._admits = False
         prompts = {r for r, count in zip(flight.rows, flight.step.num_tokens, strict=True) if count > 1}
         candidates = prompts or set(flight.rows)
-        victim = next(request for request in reversed(self._running) if request in candidates)
+        victim = next((request for request in reversed(self._running) if request in candidates), None)
+        if victim is None:
+            return []  # they ended with the step before, whose result was taken between this one's launch and its sampling
         if victim in self._did_not_fit and len(prompts) <= 1:
             sentence = (
                 f"the device ran out of memory twice in a row with this request ({victim.num_tokens} tokens, in a step of "
@@ -449,6 +451,7 @@ class Scheduler:
                 choice_index=request.choice_index,
                 first_token_index=output_index,
                 token_ids=[token_id],
+                num_preemptions=request.num_preemptions,
             )
         stops = token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens
         try:
@@ -494,7 +497,7 @@ class Scheduler:
             queue_s=None if scheduled_s is None else scheduled_s - request.arrival_time_s,
             prefill_s=None if scheduled_s is None else time.monotonic() - scheduled_s,
             embedding=_embedding(request),
-            num_preemptions=0 if reason is None else request.num_preemptions,
+            num_preemptions=request.num_preemptions,
         )
 
     def _finish(self, request: Request) -> None:
