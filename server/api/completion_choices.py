@@ -74,7 +74,7 @@ class ChoiceBuilder:
         index = self.index(prompt_index, delta)
         choice = CompletionChoice(index, delta.text, None, delta.finish_reason, delta.stop_reason)
         if self._return_token_ids:
-            choice.token_ids = delta.token_ids
+            choice.token_ids = [*delta.token_ids]
         builder = self._logprobs.get(index)
         if builder is None:
             builder = self._logprobs[index] = LegacyLogprobsBuilder(self._tokenizer)
