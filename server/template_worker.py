@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import resource
 import subprocess
@@ -129,6 +130,12 @@ class TemplateWorker:
             return None, timed_out.is_set()
         finally:
             timer.cancel()
+
+
+@functools.lru_cache(maxsize=1)
+def template_worker() -> TemplateWorker:
+    """This frontend's one."""
+    return TemplateWorker()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -38,6 +38,7 @@ from server.parsers.base import (
 from server.parsers.hermes import default_tool_block
 from server.parsers.registry import chain, detect_reasoning_format, detect_tool_format, load_reasoning_format, load_tool_format
 from server.state import ServerState
+from server.template_worker import template_worker
 
 # How a template that knows no tools gets them described, and so how the model is asked to call them.
 DEFAULT_TOOL_FORMAT = "hermes"
@@ -352,7 +353,7 @@ async def _tokenize(state: ServerState, conversation: Conversation, formats: _Fo
     if conversation.chat_template is None or tokenizer.has_template(conversation.chat_template):
         text, token_ids = await in_thread_if_long(conversation.num_chars, lambda: _render_and_encode(job, tokenizer))
     else:
-        text = await state.templates.render(job)
+        text = await template_worker().render(job)
         token_ids = await in_thread_if_long(len(text), lambda: tokenizer.encode_rendered(text))
     if not token_ids:
         raise InvalidRequest("messages come out empty from the chat template.", param="messages", code="empty_prompt")

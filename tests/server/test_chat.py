@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.config import ServerConfig
 from tests.server.conftest import Api, events
 from tests.server.fake_client import CONTEXT, byte_tokenizer
 
@@ -91,24 +92,46 @@ def test_unknown_message_fields_are_listed(api: Api) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
-        ("response_format", {"type": "json_object"}),
         ("audio", {"voice": "x"}),
-        ("chat_template", "{{ 1 }}"),
-        ("guided_json", {}),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("modalities", ["text", "audio"]),
+        ("moderation", {"model": "m"}),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("web_search_options", {}),
     ],
 )
-def test_what_is_not_built_yet_is_refused(api: Api, name: str, value: object) -> None:
+def test_what_this_server_does_not_do_is_refused_by_name(api: Api, name: str, value: object) -> None:
     response = api.chat(**{name: value})
     assert response.status_code == 400
     error = response.json()["error"]
-    assert error["param"] == name and "not supported" in error["message"]
+    assert error["param"] == name and error["code"] == "unsupported_parameter" and "not supported" in error["message"]
 
 
 def test_what_asks_for_nothing_is_accepted(api: Api) -> None:
-    response = api.chat(tools=[], tool_choice="none", response_format={"type": "text"}, modalities=["text"], stop=None)
+    response = api.chat(
+        tools=[], tool_choice="none", functions=[], response_format={"type": "text"}, modalities=["text"], stop=None
+    )
     assert response.status_code == 200 and "X-Octavo-Ignored-Fields" not in response.headers
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_has_no_effect_is_listed(api: Api, strict: bool) -> None:
+    api.config = ServerConfig(model="tiny", strict=strict)
+    messages = [
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "prompt_cache_breakpoint": {"mode": "explicit"}}]},
+        {"role": "assistant", "content": "b", "annotations": []},
+    ]
+    body = {"messages": messages, "verbosity": "low", "store": True, "user": "me"}
+    response = api.request("POST", "/v1/chat/completions", json=body)
+    assert response.status_code == 200
+    assert set(response.headers["X-Octavo-Ignored-Fields"].split(", ")) == {
+        "verbosity",
+        "store",
+        "user",
+        "messages[0].content[0].prompt_cache_breakpoint",
+        "messages[1].annotations",
+    }
 
 
 def test_images_are_refused_by_place(api: Api) -> None:
@@ -119,7 +142,9 @@ def test_images_are_refused_by_place(api: Api) -> None:
 
 
 def test_the_template_refuses_and_there_may_be_none(api: Api) -> None:
-    response = api.request("POST", "/v1/chat/completions", json={"messages": [{"role": "tool", "content": "x"}]})
+    call = {"id": "1", "function": {"name": "f", "arguments": "{}"}}
+    messages = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "x"}]
+    response = api.request("POST", "/v1/chat/completions", json={"messages": messages})
     assert response.status_code == 400 and "no tools here" in response.json()["error"]["message"]
     api.client.tokenizer = byte_tokenizer(None)
     response = api.chat()
