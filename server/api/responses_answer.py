@@ -23,6 +23,7 @@ from server.api.responses_types import (
     IncompleteDetails,
     InputTokensDetails,
     Item,
+    LastEvent,
     OutputTokensDetails,
     Reasoning,
     ResponseError,
@@ -109,7 +110,7 @@ class Answer:
             response.incomplete_details = IncompleteDetails("max_output_tokens")
         else:
             response.completed_at = int(time.time())
-        return [*events, self._end()]
+        return [*events, self._end("response.incomplete" if is_cut else "response.completed")]
 
     def _fail(self, error: Exception) -> list[Event]:
         """What there is of the answer stays in it, as far as it is whole."""
@@ -117,16 +118,16 @@ class Answer:
         told = msgspec.json.decode(error_event_body(error))["error"]
         self._response.status = "failed"
         self._response.error = ResponseError(code, told["message"])
-        return [ErrorEvent(told["message"], told["code"], told["param"]), self._end()]
+        return [ErrorEvent(told["message"], told["code"], told["param"]), self._end("response.failed")]
 
-    def _end(self) -> Event:
+    def _end(self, event_type: LastEvent) -> Event:
         """Stored before the client hears of it: it may go on at once."""
         response = self._response
         response.output = self._builder.items
         response.usage = response_usage(self._reply.generation.usage())
         if response.store:
             self._store.put(response, self._input_items, self._previous)
-        return ResponseEvent(f"response.{response.status}", response)
+        return ResponseEvent(event_type, response)
 
 
 def response_usage(usage: Usage) -> ResponseUsage:

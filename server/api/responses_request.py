@@ -13,6 +13,7 @@ from server.api.conversation import NamedFunction, ToolChoice
 from server.api.responses_input import GivenItem, parse_input
 from server.api.sampling import Integer, SamplingRequest, check_logprobs
 from server.api.structured import StructuredOutputs, json_object_spec, json_schema_spec, structured_spec
+from server.api.tools import MAX_TOOLS, check_functions
 from server.parsers.base import FunctionTool
 
 MAX_METADATA = 16
@@ -45,7 +46,7 @@ class ResponseTool(RequestBody):
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"output_schema"})
 
     type: Literal["function"]
-    name: str = Field(min_length=1, max_length=128)
+    name: str
     description: str = ""
     parameters: dict[str, Any] = {}
     strict: bool = False
@@ -193,7 +194,10 @@ class ResponseRequest(SamplingRequest):
 
     def functions(self) -> list[FunctionTool]:
         """The functions that may be called. Raises InvalidRequest."""
+        if len(self.tools) > MAX_TOOLS:
+            raise InvalidRequest(f"tools may hold at most {MAX_TOOLS} tools, got {len(self.tools)}.", param="tools")
         given = [FunctionTool(tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools]
+        check_functions(given, "tools[{index}]")
         allowed = self.tool_choice.get("tools") if self._allows_some() else None
         if allowed is None:
             return given

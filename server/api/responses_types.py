@@ -9,9 +9,11 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from server.api.generation import Explanation
 from server.api.logprobs import ChatTokenLogprob
 
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+LastEvent: TypeAlias = Literal["response.completed", "response.incomplete", "response.failed"]
 ResponseStatus: TypeAlias = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
@@ -79,14 +81,14 @@ class OutputTokensDetails(msgspec.Struct):
 
 
 class ResponseUsage(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """octavo: see server.api.generation; only with `explain`."""
+    """octavo: only with `explain`."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
     output_tokens: int
     output_tokens_details: OutputTokensDetails
     total_tokens: int
-    octavo: Any = None
+    octavo: Explanation | None = None
 
 
 class ResponseError(msgspec.Struct):
@@ -157,26 +159,26 @@ class ItemList(msgspec.Struct, kw_only=True):
 
 
 class ResponseEvent(msgspec.Struct):
-    """response.created, .in_progress, .completed, .incomplete, .failed."""
+    """How the response as a whole is doing."""
 
-    type: str
+    type: Literal["response.created", "response.in_progress"] | LastEvent
     response: ResponseObject
     sequence_number: int = -1
 
 
 class ItemEvent(msgspec.Struct):
-    """response.output_item.added, .done."""
+    """An item begins, or is complete."""
 
-    type: str
+    type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
     item: OutputItem
     sequence_number: int = -1
 
 
 class PartEvent(msgspec.Struct):
-    """response.content_part.added, .done."""
+    """A part of an item begins, or is complete."""
 
-    type: str
+    type: Literal["response.content_part.added", "response.content_part.done"]
     item_id: str
     output_index: int
     content_index: int
@@ -190,7 +192,7 @@ class TextDelta(msgspec.Struct):
     content_index: int
     delta: str
     logprobs: list[ChatTokenLogprob]
-    type: str = "response.output_text.delta"
+    type: Literal["response.output_text.delta"] = "response.output_text.delta"
     sequence_number: int = -1
 
 
@@ -200,7 +202,7 @@ class TextDone(msgspec.Struct):
     content_index: int
     text: str
     logprobs: list[ChatTokenLogprob]
-    type: str = "response.output_text.done"
+    type: Literal["response.output_text.done"] = "response.output_text.done"
     sequence_number: int = -1
 
 
@@ -209,7 +211,7 @@ class ReasoningDelta(msgspec.Struct):
     output_index: int
     content_index: int
     delta: str
-    type: str = "response.reasoning_text.delta"
+    type: Literal["response.reasoning_text.delta"] = "response.reasoning_text.delta"
     sequence_number: int = -1
 
 
@@ -218,7 +220,7 @@ class ReasoningDone(msgspec.Struct):
     output_index: int
     content_index: int
     text: str
-    type: str = "response.reasoning_text.done"
+    type: Literal["response.reasoning_text.done"] = "response.reasoning_text.done"
     sequence_number: int = -1
 
 
@@ -226,7 +228,7 @@ class ArgumentsDelta(msgspec.Struct):
     item_id: str
     output_index: int
     delta: str
-    type: str = "response.function_call_arguments.delta"
+    type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
     sequence_number: int = -1
 
 
@@ -234,7 +236,7 @@ class ArgumentsDone(msgspec.Struct):
     item_id: str
     output_index: int
     arguments: str
-    type: str = "response.function_call_arguments.done"
+    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
     sequence_number: int = -1
 
 
@@ -242,7 +244,7 @@ class ErrorEvent(msgspec.Struct):
     message: str
     code: str | None
     param: str | None
-    type: str = "error"
+    type: Literal["error"] = "error"
     sequence_number: int = -1
 
 

@@ -1,0 +1,462 @@
+"""/v1/responses: input of every kind, every field, and the answer as OpenAI's SDK reads it."""
+
+from __future__ import annotations
+
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types.responses.response_create_params import ResponseCreateParamsNonStreaming
+from pydantic import BaseModel
+
+from engine.errors import RequestFailed
+from server.api.responses_request import ResponseRequest
+from tests.server.responses_talk import CONTEXT, WEATHER, Talk, talk
+
+LOGPROBS = ["message.output_text.logprobs"]
+
+
+def test_a_plain_answer() -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.sdk.responses.create(model="tiny", input="hi")
+        assert response.output_text == "Hello world" and response.status == "completed" and response.id.startswith("resp_")
+        assert response.error is None and response.incomplete_details is None and response.completed_at is not None
+        assert t.messages() == [{"role": "user", "content": "hi"}]
+        assert response.usage is not None
+        num_tokens = len(t.client.prompts[0])
+        assert (response.usage.input_tokens, response.usage.output_tokens) == (num_tokens, 11)
+        assert response.usage.total_tokens == num_tokens + 11
+
+    talk(steps)
+
+
+@pytest.mark.parametrize(
+    ("given", "messages"),
+    [
+        ("hi", [{"role": "user", "content": "hi"}]),
+        ([{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi"}]),
+        (
+            [
+                {"type": "message", "role": role, "content": [{"type": "input_text", "text": "x"}]}
+                for role in ("system", "user")
+            ],
+            [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}],
+        ),
+        # The template has no place for the developer, so that is the system.
+        ([{"role": "developer", "content": "d"}, {"role": "user", "content": "u"}], [("system", "d"), ("user", "u")]),
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]}],
+            [("user", "a\nb")],
+        ),
+        (
+            [
+                {"role": "user", "content": "u"},
+                {
+                    "type": "message",
+                    "id": "msg_1",
+                    "status": "completed",
+                    "role": "assistant",
+                    "phase": "final_answer",
+                    "content": [{"type": "output_text", "text": "a", "annotations": [], "logprobs": []}],
+                },
+                {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+                {"role": "user", "content": "v"},
+            ],
+            [("user", "u"), ("assistant", "a"), ("assistant", "no"), ("user", "v")],
+        ),
+    ],
+)
+def test_messages(given: Any, messages: list[Any]) -> None:
+    async def steps(t: Talk) -> None:
+        await t.create(input=given)
+        wanted = [{"role": item[0], "content": item[1]} if isinstance(item, tuple) else item for item in messages]
+        assert t.messages() == wanted
+
+    talk(steps)
+
+
+def test_items_of_a_turn_become_one_message() -> None:
+    async def steps(t: Talk) -> None:
+        await t.create(
+            input=[
+                {"role": "user", "content": "u"},
+                {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hmm"}]},
+                {"role": "assistant", "content": "Let me see."},
+                {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": '{"city": "Oslo"}'},
+                {"type": "function_call", "call_id": "c2", "name": "time", "arguments": "{}", "id": None},
+                {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+                {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "noon"}]},
+                {"type": "reasoning", "id": "rs_2", "summary": [], "encrypted_content": "unreadable"},
+                {"type": "message", "role": "assistant", "content": "Rain at noon."},
+                {"role": "user", "content": "v"},
+            ]
+        )
+        user, assistant, first, second, answer, last = t.messages()
+        assert (assistant["reasoning_content"], assistant["content"]) == ("hmm", "Let me see.")
+        assert [call["function"]["name"] for call in assistant["tool_calls"]] == ["weather", "time"]
+        assert first == {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"}
+        assert second == {"role": "tool", "tool_call_id": "c2", "name": "time", "content": "noon"}
+        assert answer == {"role": "assistant", "content": "Rain at noon."}
+        assert (user["content"], last["content"]) == ("u", "v")
+
+    talk(steps)
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        (None, "input"),
+        (3, "input"),
+        ([3], "input[0]"),
+        ([{}], "input[0].role"),
+        ([{"role": "tool", "content": "x"}], "input[0].role"),
+        ([{"role": "user"}], "input[0].content"),
+        ([{"role": "user", "content": 3}], "input[0].content"),
+        ([{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}], "input[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}], "input[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}], "input[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "input_text", "text": 3}]}], "input[0].content[0].text"),
+        ([{"type": "web_search_call", "id": "x"}], "input[0].type"),
+        ([{"type": ["message"], "role": "user", "content": "x"}], "input[0].type"),
+        ([{"type": "function_call", "name": "f", "arguments": "{}"}], "input[0].call_id"),
+        ([{"type": "function_call", "name": "f", "arguments": {}, "call_id": "c"}], "input[0].arguments"),
+        ([{"type": "function_call_output", "call_id": "c", "output": "no call before it"}], "input"),
+        ([{"type": "function_call", "name": "f", "arguments": "{}", "call_id": "no output"}], "input"),
+        ([{"type": "item_reference", "id": "msg_none"}], "input[0].id"),
+        ([{"id": "msg_none"}], "input[0].id"),
+        ([{"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "text", "text": ""}]}], "input[0].content[0]"),
+    ],
+)
+def test_input_that_is_refused(given: Any, param: str) -> None:
+    async def steps(t: Talk) -> None:
+        body = {} if given is None else {"input": given}
+        answer = await t.http.post("/v1/responses", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+        assert "unreadable" not in answer.text and "no call before" not in answer.text
+
+    talk(steps)
+
+
+def test_unknown_fields_of_items_are_listed() -> None:
+    async def steps(t: Talk) -> None:
+        answer = await t.post(input=[{"role": "user", "content": "u", "mood": 1}], text={"verbosity": "low"})
+        listed = answer.headers["X-Octavo-Ignored-Fields"].split(", ")
+        assert sorted(listed) == ["input[0].mood", "text.verbosity"]
+
+    talk(steps)
+
+    async def strict(t: Talk) -> None:
+        assert await t.refused(input=[{"role": "user", "content": "u", "mood": 1}]) == ("input[0].mood", "unknown_field")
+
+    talk(strict, strict=True)
+
+
+def test_instructions_come_first() -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.create(instructions="Be kind.", input=[{"role": "user", "content": "u"}])
+        assert t.messages() == [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "u"}]
+        assert response["instructions"] == "Be kind."
+
+    talk(steps)
+
+
+def test_max_output_tokens() -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.create(max_output_tokens=4)
+        assert response["status"] == "incomplete" and response["incomplete_details"] == {"reason": "max_output_tokens"}
+        assert response["output"][0]["status"] == "incomplete" and response["output"][0]["content"][0]["text"] == "Hell"
+        assert response["max_output_tokens"] == 4 and response["completed_at"] is None
+        assert await t.refused(max_output_tokens=0) == ("max_output_tokens", "invalid_value")
+        assert await t.refused(max_output_tokens=CONTEXT) == ("max_output_tokens", "context_length_exceeded")
+        await t.create()
+        assert t.client.sampling[-1].max_tokens == CONTEXT - len(t.client.prompts[-1])
+
+    talk(steps)
+
+
+def test_logprobs() -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.create(include=LOGPROBS, top_logprobs=2, max_output_tokens=2)
+        logprobs = response["output"][0]["content"][0]["logprobs"]
+        assert [(entry["token"], entry["bytes"], len(entry["top_logprobs"])) for entry in logprobs] == [
+            ("H", [72], 2),
+            ("e", [101], 2),
+        ]
+        assert response["top_logprobs"] == 2
+        assert (await t.create(include=LOGPROBS))["output"][0]["content"][0]["logprobs"][0]["top_logprobs"] == []
+        assert (await t.create())["output"][0]["content"][0]["logprobs"] == []
+        assert t.client.sampling[-1].logprobs is None
+        assert await t.refused(top_logprobs=2) == ("top_logprobs", "invalid_value")
+        assert await t.refused(top_logprobs=21, include=LOGPROBS) == ("top_logprobs", "invalid_value")
+
+    talk(steps)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "seen"),
+    [
+        ("temperature", 0.5, "temperature", 0.5),
+        ("top_p", 0.5, "top_p", 0.5),
+        ("top_k", 5, "top_k", 5),
+        ("min_p", 0.5, "min_p", 0.5),
+        ("typical_p", 0.5, "typical_p", 0.5),
+        ("seed", 7, "seed", 7),
+        ("repetition_penalty", 1.5, "repetition_penalty", 1.5),
+        ("presence_penalty", 0.5, "presence_penalty", 0.5),
+        ("frequency_penalty", 0.5, "frequency_penalty", 0.5),
+        ("logit_bias", {"65": 1.0}, "logit_bias", {65: 1.0}),
+        ("min_tokens", 3, "min_tokens", 3),
+        ("ignore_eos", True, "ignore_eos", True),
+        ("stop_token_ids", [65], "stop_token_ids", (65,)),
+        ("allowed_token_ids", [65], "allowed_token_ids", (65,)),
+    ],
+)
+def test_sampling(field: str, value: Any, name: str, seen: Any) -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.create(**{field: value})
+        assert getattr(t.client.sampling[-1], name) == seen
+        assert response.get(field, value) == value  # temperature and top_p are repeated
+
+    talk(steps)
+
+
+def test_how_the_text_is_made() -> None:
+    async def steps(t: Talk) -> None:
+        await t.create(
+            stop="x",
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            cache_salt="s",
+            priority=3,
+            spaces_between_special_tokens=True,
+        )
+        assert t.client.stops[-1] == ["x"]
+        assert t.client.options[-1] == {
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": True,
+            "cache_salt": "s",
+            "priority": 3,
+        }
+        await t.create(truncate_prompt_tokens=5)
+        assert len(t.client.prompts[-1]) == 5
+        assert (await t.create(request_id="mine"))["id"] == "resp_mine"
+
+    talk(steps)
+
+
+def test_the_answer_repeats_what_was_asked() -> None:
+    asked: dict[str, Any] = {
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": False,
+        "tool_choice": "none",
+        "tools": [WEATHER],
+        "truncation": "auto",
+        "reasoning": {"effort": "low"},
+        "user": "u",
+        "safety_identifier": "s",
+        "prompt_cache_key": "k",
+        "max_tool_calls": 3,
+        "text": {"format": {"type": "json_object"}},
+        "store": False,
+    }
+
+    async def steps(t: Talk) -> None:
+        answer = await t.post(**asked)
+        response = answer.json()
+        reasoning = response.pop("reasoning")
+        assert {name: response[name] for name in asked if name != "reasoning"} == {
+            name: value for name, value in asked.items() if name != "reasoning"
+        }
+        assert reasoning["effort"] == "low"
+        listed = answer.headers["X-Octavo-Ignored-Fields"].split(", ")
+        assert sorted(listed) == ["max_tool_calls", "prompt_cache_key", "safety_identifier", "user"]
+
+    talk(steps)
+
+
+def test_metadata_has_bounds() -> None:
+    async def steps(t: Talk) -> None:
+        for wrong in ({"a": 1}, {"k" * 65: ""}, {"k": "v" * 513}, {str(index): "" for index in range(17)}):
+            param, _ = await t.refused(metadata=wrong)
+            assert param is not None and param.startswith("metadata")
+
+    talk(steps)
+
+
+def test_reasoning() -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.sdk.responses.create(model="tiny", input="hi", reasoning={"effort": "high"})
+        assert "effort high\n" in t.prompt()
+        thoughts, message = response.output
+        assert thoughts.type == "reasoning" and thoughts.content is not None and thoughts.content[0].text == "so"
+        assert thoughts.summary == [] and message.type == "message" and response.output_text == "Yes"
+        assert response.usage is not None and response.usage.output_tokens_details.reasoning_tokens == len("<think>so</think>")
+        answer = await t.post(reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"])
+        assert answer.headers["X-Octavo-Ignored-Fields"] == "reasoning.summary, include[0]"
+        assert (await t.refused(reasoning={"effort": "enormous"}))[0] == "reasoning.effort"
+        await t.create(chat_template_kwargs={"prefix": "P!"})
+        assert t.prompt().endswith("P!")
+
+    talk(steps, script="<think>so</think>Yes", reasoning_parser="think")
+
+
+def test_usage_and_explain() -> None:
+    async def steps(t: Talk) -> None:
+        t.client.num_cached_tokens, t.client.num_preemptions = 16, 2
+        usage = (await t.create())["usage"]
+        assert usage["input_tokens_details"] == {"cached_tokens": 16, "cache_write_tokens": 0} and "octavo" not in usage
+        octavo = (await t.create(explain=True, seed=5))["usage"]["octavo"]
+        assert octavo["seed"] == 5 and octavo["cached_tokens"] == 16 and octavo["preemptions"] == 2
+        assert octavo.keys() == {"queue_s", "prefill_s", "ttft_s", "total_s", "cached_tokens", "preemptions", "seed"}
+        events = await t.stream(explain=True, seed=5)
+        assert events[-1]["response"]["usage"]["octavo"]["seed"] == 5
+
+    talk(steps)
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+def test_structured_text_parsed_by_the_sdk() -> None:
+    async def steps(t: Talk) -> None:
+        response = await t.sdk.responses.parse(model="tiny", input="hi", text_format=Person)
+        assert response.output_parsed == Person(name="Ada", age=36)
+        structured = t.client.sampling[-1].structured
+        assert structured is not None and '"age"' in structured.text
+        async with t.sdk.responses.stream(model="tiny", input="hi", text_format=Person) as stream:
+            final = await stream.get_final_response()
+        assert final.output_parsed == Person(name="Ada", age=36)
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+        text = {"format": {"type": "json_schema", "name": "x", "strict": True, "schema": schema}}
+        response = await t.create(text=text)
+        assert response["text"] == text
+
+    talk(steps, script='{"name": "Ada", "age": 36}')
+
+
+def test_other_structured_text() -> None:
+    async def steps(t: Talk) -> None:
+        await t.create(text={"format": {"type": "text"}})
+        assert t.client.sampling[-1].structured is None
+        await t.create(text={"format": {"type": "json_object"}})
+        structured = t.client.sampling[-1].structured
+        assert structured is not None and structured.kind == "json_schema"
+        await t.create(structured_outputs={"regex": "[a-z]+"})
+        structured = t.client.sampling[-1].structured
+        assert structured is not None and structured.kind == "regex"
+        both = {"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}
+        assert (await t.refused(**both))[0] == "text.format"
+        assert (await t.refused(text={"format": {"type": "xml"}}))[0] == "text.format.type"
+        assert (await t.refused(text={"format": {"type": "json_schema", "name": "x"}}))[0] == "text.format.schema"
+        assert (await t.refused(text={"format": {"type": "json_schema", "schema": {}}}))[0] == "text.format.name"
+        wrong = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object", "uniqueItems": 3}}}
+        assert str((await t.refused(text=wrong))[0]).startswith("text.format.schema")
+
+    talk(steps)
+
+
+def test_truncation() -> None:
+    long = "x" * (CONTEXT // 3)
+    given = [
+        {"role": "system", "content": "stay"},
+        *({"role": role, "content": f"{turn}{long}"} for turn in range(4) for role in ("user", "assistant")),
+        {"role": "user", "content": "last"},
+    ]
+
+    async def steps(t: Talk) -> None:
+        assert await t.refused(input=given) == ("max_output_tokens", "context_length_exceeded")
+        response = await t.create(input=given, truncation="auto", instructions="i")
+        assert response["truncation"] == "auto"
+        assert [message["content"][0] for message in t.messages()] == ["i", "s", "3", "3", "l"]
+        # What is stored is all of it: a model with a longer context could go on from there.
+        items = await t.sdk.responses.input_items.list(response["id"], limit=100)
+        assert len(items.data) == len(given)
+        await t.create(input=given, truncation="auto", max_output_tokens=CONTEXT // 2)
+        assert [message["content"][0] for message in t.messages()] == ["s", "l"]
+        only = [{"role": "user", "content": "x" * CONTEXT}]
+        assert (await t.refused(input=only, truncation="auto"))[1] == "context_length_exceeded"
+        await t.create(input=[{"role": "system", "content": "alone"}], truncation="auto")
+
+    talk(steps)
+
+
+REFUSED: dict[str, Any] = {
+    "access_programs": {"cyber": "standard"},
+    "background": True,
+    "background_options": {},
+    "context_management": [{"type": "compaction"}],
+    "conversation": "conv_1",
+    "moderation": {"model": "m"},
+    "prompt": {"id": "p"},
+    "n": 2,
+    "max_tokens": 5,
+}
+WITHOUT_EFFECT: dict[str, Any] = {
+    "image": {"context_compression": "auto"},
+    "max_tool_calls": 1,
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"ttl": "30m"},
+    "prompt_cache_retention": "24h",
+    "safety_identifier": "s",
+    "service_tier": "flex",
+    "user": "u",
+}
+
+
+@pytest.mark.parametrize(("field", "value"), REFUSED.items())
+def test_what_is_refused_by_name(field: str, value: Any) -> None:
+    async def steps(t: Talk) -> None:
+        assert await t.refused(**{field: value}) == (field, "unsupported_parameter")
+
+    talk(steps)
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    async def steps(t: Talk) -> None:
+        answer = await t.post(background=False, context_management=[], n=1, conversation=None, prompt=None, tools=[])
+        assert answer.status_code == 200 and "X-Octavo-Ignored-Fields" not in answer.headers
+
+    talk(steps)
+
+
+def test_what_has_no_effect_is_listed_also_in_strict_mode() -> None:
+    async def steps(t: Talk) -> None:
+        answer = await t.post(**WITHOUT_EFFECT)
+        assert answer.status_code == 200
+        assert sorted(answer.headers["X-Octavo-Ignored-Fields"].split(", ")) == sorted(WITHOUT_EFFECT)
+        answer = await t.post(stream=True, stream_options={"include_obfuscation": False})
+        assert answer.headers["X-Octavo-Ignored-Fields"] == "stream_options.include_obfuscation"
+
+    talk(steps, strict=True)
+
+
+def test_every_field_of_the_specification_is_known() -> None:
+    known = {*ResponseRequest.model_fields, *ResponseRequest.UNSUPPORTED, *ResponseRequest.WITHOUT_EFFECT}
+    assert set(get_type_hints(ResponseCreateParamsNonStreaming)) - known == set()
+    assert not ResponseRequest.UNSUPPORTED.keys() & ResponseRequest.WITHOUT_EFFECT
+    assert set(WITHOUT_EFFECT) <= ResponseRequest.WITHOUT_EFFECT and set(REFUSED) <= ResponseRequest.UNSUPPORTED.keys()
+
+
+def test_models_and_the_engine() -> None:
+    async def steps(t: Talk) -> None:
+        assert await t.refused(404, model="other") == ("model", "model_not_found")
+        t.client.fail_after, t.client.stream_error = 3, RequestFailed("It broke.")
+        assert await t.refused(500) == (None, "request_failed")
+        t.client.refusal = RequestFailed("No room.")
+        assert await t.refused(500, stream=True) == (None, "request_failed")
+        t.client.state = "starting"
+        assert await t.refused(503) == (None, "engine_unavailable")
+
+    talk(steps)
+
+
+def test_counting_input_tokens() -> None:
+    async def steps(t: Talk) -> None:
+        counted = await t.sdk.responses.input_tokens.count(model="tiny", input="hi", instructions="Be kind.", tools=[WEATHER])  # type: ignore[list-item]
+        assert not t.client.prompts
+        response = await t.create(instructions="Be kind.", tools=[WEATHER])
+        assert counted.input_tokens == response["usage"]["input_tokens"]
+
+    talk(steps)
