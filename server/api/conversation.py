@@ -274,9 +274,9 @@ class _Formats(msgspec.Struct):
     def parser(self, conversation: Conversation, is_open: bool) -> OutputParser | None:
         """One choice's parser; None where all text is content."""
         tools = None if self.tools is None else self.tools.parser(conversation.tools)
-        splits_reasoning = self.tools is not None and self.tools.splits_reasoning
-        reasoning = None if self.reasoning is None or splits_reasoning else self.reasoning.parser(is_open=is_open)
-        return chain(reasoning, tools)
+        if self.reasoning is None or (self.tools is not None and self.tools.splits_reasoning):
+            return tools
+        return chain(self.reasoning.parser(is_open=is_open, before_tools=tools is not None), tools)
 
     def constraint(self, conversation: Conversation, is_open: bool) -> StructuredSpec | None:
         """What the output must look like, thoughts and calls included; None for free text."""
