@@ -20,6 +20,7 @@ from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.fused_decoder import FusedDecoder
 from engine.fusion import fuse, fuse_native, pack_linears, quantize
+from engine.grammar_compiler import GrammarCompiler, GrammarSetup
 from engine.host_memory import available_bytes
 from engine.kernels.compiler import compiling_ahead
 from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
@@ -114,7 +115,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         backend.allocate(kv_plan.num_blocks)
     with phases.phase("warm up"):
         runner.warm_up()
-    core = _build_core(config, limits, loaded, groups, kv_plan, runner)
+    core = _build_core(config, limits, loaded, folder, groups, kv_plan, runner)
     notes = estimate.notes + kv_plan.notes
     if kernels is not None and config.model.quantization == "none":
         notes.append("--quantization int8 makes this CPU faster, at about 0.5% of perplexity (docs/performance.md)")
@@ -250,6 +251,7 @@ def _build_core(
     config: EngineConfig,
     limits: _Limits,
     loaded: LoadedModel,
+    folder: Path,
     groups: tuple[KVGroupSpec, ...],
     kv_plan: KVPlan,
     runner: ModelRunner,
@@ -274,6 +276,7 @@ def _build_core(
         vocab_size=loaded.vocab_size,
         eos_token_ids=frozenset(loaded.eos_token_ids),
         pipeline_depth=limits.pipeline_depth,
+        grammars=GrammarCompiler(GrammarSetup(str(folder), loaded.vocab_size, loaded.eos_token_ids)),
     )
 
 

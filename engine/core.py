@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
-from engine.errors import ContextLengthExceeded, InvalidRequest, OutOfDeviceMemory
+from engine.errors import ContextLengthExceeded, InvalidRequest, OctavoError, OutOfDeviceMemory
+from engine.grammar_compiler import GrammarCompiler
 from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.request import Request
-from engine.sampling_params import choice_seed
+from engine.sampling_params import SamplingParams, choice_seed
 from engine.scheduler import Scheduler
-from engine.step import PendingOutput, Runner
+from engine.step import PendingOutput, Runner, SchedulerOutput
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammar, MaskedRows, MaskMaker, Matcher
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,10 @@ class StepClock:
         self._running.append(num_tokens)
         self._launch_s += 0.1 * (host_s - self._launch_s)
 
+    def withdrawn(self) -> None:
+        """The step launched last does not run after all."""
+        self._running.pop()
+
     def finished(self) -> None:
         """The oldest step has ended, and the next one, if there is one, has begun."""
         now = time.monotonic()
@@ -60,24 +70,70 @@ class StepClock:
 class EngineCore:
     """One model's engine. pipeline_depth: steps launched ahead of the oldest unread result (0 on a CPU, 1 on a GPU).
 
-    eos_token_ids end every request that does not ask to ignore them.
+    eos_token_ids end every request that does not ask to ignore them. grammars: compiles those of requests; None where the model
+    has no tokenizer.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, *, vocab_size: int, eos_token_ids: frozenset[int], pipeline_depth: int
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        pipeline_depth: int,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._pipeline_depth = pipeline_depth
+        self._grammars = grammars
+        self._compiling: dict[str, tuple[AddRequest, Future[Grammar]]] = {}
+        self._mask_maker: MaskMaker | None = None
+        self._mask_thread = ThreadPoolExecutor(1, "masks")
         self._in_flight: deque[PendingOutput] = deque()
         self._step_seconds = 0.0
         self._clock = StepClock()
 
-    def add(self, message: AddRequest) -> None:
-        """Queue a request. Raises InvalidRequest (and queues nothing) when it can never be served."""
+    def add(self, message: AddRequest) -> bool:
+        """Queue a request. False: it waits for its grammar, and `take_compiled` will tell. Raises InvalidRequest or
+        EngineUnavailable (and queues nothing) when it can never be served, or not now."""
         self._check(message)
+        structured = message.sampling.structured
+        if structured is None:
+            self._queue(message, None)
+            return True
+        if self._grammars is None:
+            raise InvalidRequest("this server cannot structure answers: the model has no tokenizer")
+        future = self._grammars.compile(structured)
+        if not future.done():
+            self._compiling[message.request_id] = message, future
+            return False
+        self._queue(message, future.result())
+        return True
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether requests wait for their grammars."""
+        return bool(self._compiling)
+
+    def take_compiled(self) -> list[tuple[str, OctavoError | None]]:
+        """Queue the requests whose grammars are there now. Returns their ids, and why where they are refused."""
+        taken: list[tuple[str, OctavoError | None]] = []
+        for request_id, (message, future) in list(self._compiling.items()):
+            if not future.done():
+                continue
+            del self._compiling[request_id]
+            try:
+                self._queue(message, future.result())
+                taken.append((request_id, None))
+            except OctavoError as error:
+                taken.append((request_id, error))
+        return taken
+
+    def _queue(self, message: AddRequest, grammar: Grammar | None) -> None:
         sampling = message.sampling
         stop_token_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
         replayed = message.output_token_ids or [[] for _ in range(sampling.n)]
@@ -95,6 +151,7 @@ class EngineCore:
                     wants_prompt_logprobs=sampling.prompt_logprobs is not None and i == 0,
                     priority=message.priority,
                     pooling=message.pooling,
+                    matcher=_matcher(sampling, grammar, replayed[i]),
                 )
                 for i in range(sampling.n)
             ]
@@ -134,6 +191,8 @@ class EngineCore:
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         """End a request, or one of its choices, without further output."""
+        if choice_index is None:
+            self._compiling.pop(request_id, None)
         self._scheduler.abort(request_id, choice_index)
 
     @property
@@ -147,19 +206,52 @@ class EngineCore:
         plan = self._scheduler.schedule()
         if plan is not None:
             try:
-                self._runner.launch(plan)
-                self._in_flight.append(self._runner.sample(None))
-                self._clock.launched(plan.total_num_tokens, time.monotonic() - started)
+                if self._scheduler.matchers():
+                    self._launch_masked(plan, started, outputs)
+                else:
+                    self._runner.launch(plan)
+                    self._in_flight.append(self._runner.sample(None))
+                    self._clock.launched(plan.total_num_tokens, time.monotonic() - started)
             except OutOfDeviceMemory as error:
                 logger.warning("out of memory: %s", error.message)
                 outputs += self._scheduler.roll_back()
                 plan = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._pipeline_depth):
-            result = self._in_flight.popleft().wait()
-            self._clock.finished()
-            outputs += self._scheduler.update(result)
+            outputs += self._take_result()
         self._step_seconds += time.monotonic() - started
         return outputs
+
+    def _take_result(self) -> list[RequestOutput]:
+        result = self._in_flight.popleft().wait()
+        self._clock.finished()
+        return self._scheduler.update(result)
+
+    def _launch_masked(self, plan: SchedulerOutput, started: float, outputs: list[RequestOutput]) -> None:
+        """Launch a step of which some rows depend on the tokens before, and make their masks while the device computes. Tokens
+        that are still on their way are waited for first; what they tell goes to `outputs`."""
+        making = None if self._in_flight else self._mask_thread.submit(self._make_masks)
+        try:
+            self._runner.launch(plan)
+        finally:
+            made = None if making is None else making.result()
+        self._clock.launched(plan.total_num_tokens, time.monotonic() - started)
+        while self._in_flight:
+            outputs += self._take_result()
+        made = made or self._make_masks()
+        try:
+            self._in_flight.append(self._runner.sample(made.masks))
+        except OutOfDeviceMemory:
+            self._clock.withdrawn()
+            raise
+        outputs += [self._scheduler.fail_row(row, error) for row, error in made.errors.items()]
+
+    def _make_masks(self) -> MaskedRows:
+        if self._mask_maker is None:
+            from engine.grammar import MaskMaker  # late, as in `_matcher`
+
+            # Without a device of its own the model needs the cores itself.
+            self._mask_maker = MaskMaker(num_threads=4 if self._pipeline_depth else 1)
+        return self._mask_maker.make(cast("dict[int, Matcher]", self._scheduler.matchers()))
 
     def spare_s(self) -> float:
         """Seconds for which `step` may wait without the device running out of work: time for what arrives meanwhile."""
@@ -175,6 +267,24 @@ class EngineCore:
         """The scheduler's gauges and counters with the time spent in steps."""
         return msgspec.structs.replace(self._scheduler.stats(), step_seconds=self._step_seconds)
 
+    def close(self) -> None:
+        """End what runs beside the loop."""
+        self._mask_thread.shutdown()
+        if self._grammars is not None:
+            self._grammars.close()
+
     def check_integrity(self) -> None:
         """Raise AssertionError when the books disagree; for tests."""
         self._scheduler.check_integrity()
+
+
+def _matcher(sampling: SamplingParams, grammar: Grammar | None, replayed: list[int]) -> Matcher | None:
+    """What follows the tokens of a choice, after those that an earlier engine brought; None where none is needed."""
+    if not sampling.needs_matcher:
+        return None
+    from engine.grammar import Matcher  # late, with the library behind it: most engines never need it
+
+    matcher = Matcher.of_bad_words(sampling) if grammar is None else grammar.start(sampling)
+    for token_id in replayed:
+        matcher.accept(token_id)
+    return matcher

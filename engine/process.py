@@ -21,7 +21,7 @@ import zmq
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.errors import InvalidRequest, ModelLoadError, OctavoError
+from engine.errors import ModelLoadError, OctavoError
 from engine.messages import (
     Abort,
     Accepted,
@@ -45,6 +45,7 @@ BuildEngine = Callable[[EngineConfig, Report], tuple[EngineCore, EngineReady]]
 
 IDLE_POLL_MS = 1000
 # A client that sends its next request as soon as it has an answer does not find the engine at other work.
+COMPILING_POLL_MS = 2  # without other work: a request waits for its grammar
 SPARE_POLL_MS = 1  # while the device is busy: after this it is looked at again, for it may be done early
 QUIET_MS = 10
 STATS_INTERVAL_S = 0.25
@@ -114,8 +115,12 @@ class EngineLoop:
         time, a piece a turn, so that a request waits for one piece at most."""
         was_busy = self._core.has_work
         spare_ms = min(SPARE_POLL_MS, int(1e3 * self._core.spare_s()))
-        for message in self._socket.receive(spare_ms if was_busy else self._idle_poll_ms):
+        idle_ms = COMPILING_POLL_MS if self._core.is_compiling else self._idle_poll_ms
+        for message in self._socket.receive(spare_ms if was_busy else idle_ms):
             self._handle(message)
+        if self._core.is_compiling:
+            for request_id, error in self._core.take_compiled():
+                self._reply(request_id, error)
         if spare_ms:
             return  # there may be time for more
         outputs: list[RequestOutput] = []
@@ -132,11 +137,10 @@ class EngineLoop:
         match message:
             case AddRequest():
                 try:
-                    self._core.add(message)
-                except InvalidRequest as error:
-                    self._socket.send(frontend_of(message.request_id), Refused(message.request_id, ErrorInfo.of(error)))
-                else:
-                    self._socket.send(frontend_of(message.request_id), Accepted(message.request_id))
+                    if self._core.add(message):
+                        self._reply(message.request_id, None)
+                except OctavoError as error:
+                    self._reply(message.request_id, error)
             case Abort():
                 self._core.abort(message.request_id, message.choice_index)
                 self._stats_sent_s = 0.0  # what it held is free: say so with the next message
@@ -144,6 +148,10 @@ class EngineLoop:
                 self._stopping = True
             case Hello():
                 pass
+
+    def _reply(self, request_id: str, error: OctavoError | None) -> None:
+        reply = Accepted(request_id) if error is None else Refused(request_id, ErrorInfo.of(error))
+        self._socket.send(frontend_of(request_id), reply)
 
     def _send(self, outputs: list[RequestOutput], with_stats: bool) -> None:
         stats = self._core.stats() if with_stats else None
@@ -215,6 +223,7 @@ def run(build_engine: BuildEngine) -> int:
     gc.enable()
     socket.broadcast(_with_phases(ready, {"python": python_s}))
     EngineLoop(core, socket, launch.epoch).run()
+    core.close()
     socket.close()
     return 0
 
