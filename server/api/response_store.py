@@ -72,6 +72,7 @@ class ResponseStore:
             logger.warning("%s is not stored: its conversation has %d bytes", response.id, turn.chain_bytes)
             return
         self._hold(turn)
+        self._release(self._by_id.pop(response.id, None))  # ids may come from clients, twice too
         self._by_id[response.id] = turn
         while len(self._by_id) > self._max_responses or self.num_bytes > self._max_bytes:
             _, oldest = self._by_id.popitem(last=False)

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from engine.errors import InvalidRequest
 from server.api.body import IGNORED_FIELDS_HEADER, read_json_object, validate
+from server.api.chat_request import effort_variables
 from server.api.conversation import Conversation, Reply, prompt_tokens
 from server.api.response_store import ResponseStore, StoredResponse
 from server.api.responses_answer import Answer, response_object
@@ -140,7 +141,7 @@ class _Given(NamedTuple):
 
 def _conversation(body: ResponseRequest, items: Sequence[Item]) -> Conversation:
     """Raises InvalidRequest."""
-    effort = {} if body.reasoning.effort is None else {"reasoning_effort": body.reasoning.effort}
+    effort = {} if body.reasoning.effort is None else effort_variables(body.reasoning.effort)
     return Conversation(
         messages=_messages(body, items),
         tools=body.functions(),

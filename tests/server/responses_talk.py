@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' or m.tool_calls %}{% endif %}{{ m | tojson }}\n{% endfor %}"
     "{% if tools %}<tool_call>{{ tools | tojson }}\n{% endif %}"
     "{% if reasoning_effort %}effort {{ reasoning_effort }}\n{% endif %}"
+    "{% if enable_thinking is defined %}thinks {{ enable_thinking }}\n{% endif %}"
     "{% if prefix is defined %}{{ prefix }}{% endif %}"
 )
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

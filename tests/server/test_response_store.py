@@ -103,6 +103,15 @@ def test_size_zero_stores_nothing() -> None:
     assert len(store) == 0 and store.num_bytes == 0
 
 
+def test_an_id_that_comes_again_stands_for_the_later_response() -> None:
+    store = ResponseStore(10)
+    for text in ("first", "second"):
+        store.put(response("a", text), said("a"), None)
+    assert store.get("a").response.output[0].content == [OutputText("second")]  # type: ignore[union-attr]
+    assert len(store) == 1 and store.num_bytes == store.get("a").num_bytes
+    assert store.item("msg_a") is store.get("a").response.output[0]
+
+
 def test_a_deleted_turn_is_kept_while_a_later_one_needs_it() -> None:
     store = ResponseStore(10)
     store.put(response("a"), said("a"), None)

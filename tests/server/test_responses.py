@@ -294,7 +294,8 @@ def test_reasoning() -> None:
         answer = await t.post(reasoning={"effort": "low", "summary": "auto"}, include=["reasoning.encrypted_content"])
         assert answer.headers["X-Octavo-Ignored-Fields"] == "reasoning.summary, include[0]"
         assert (await t.refused(reasoning={"effort": "enormous"}))[0] == "reasoning.effort"
-        await t.create(chat_template_kwargs={"prefix": "P!"})
+        await t.create(reasoning={"effort": "none"}, chat_template_kwargs={"prefix": "P!"})
+        assert "thinks False\n" in t.prompt()
         assert t.prompt().endswith("P!")
 
     talk(steps, script="<think>so</think>Yes", reasoning_parser="think")
