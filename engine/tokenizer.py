@@ -135,7 +135,9 @@ class Tokenizer:
             template_kwargs=template_kwargs,
             tool_block=tool_block,
         )
-        return job.render()
+        rendered = job.render()
+        check_unicode(rendered, "messages")
+        return rendered
 
     def chat_job(
         self,

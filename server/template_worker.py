@@ -61,6 +61,11 @@ class TemplateWorker:
         self._end_process: Callable[[], object] = lambda: None
         self._num_waiting = 0
 
+    @property
+    def pid(self) -> int | None:
+        """The process's id while it runs."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
     async def render(self, job: ChatJob) -> str:
         """Waits for its turn. Raises InvalidRequest, also for a template that takes too long or too much memory, and
         EngineUnavailable where too many are waiting already."""
@@ -78,7 +83,7 @@ class TemplateWorker:
             self._num_waiting -= 1
 
     def _render(self, job: ChatJob) -> str:
-        if self._process is None or self._process.poll() is not None:
+        if self.pid is None:
             self._start_process()
         try:
             sent = _encoder.encode(job)

@@ -264,3 +264,68 @@ def test_template_functions() -> None:
     assert render("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert render("a{% generation %}{% set x = 1 %}b{{ x }}{% endgeneration %}c") == "ab1c"
     assert render("  {% if true %}\n  x\n  {% endif %}\ny") == "  x\ny"
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+LOOP: list[dict[str, Any]] = [
+    USER,
+    {"role": "assistant", "content": "I look.", "tool_calls": [CALL, {**CALL, "function": {"name": "time", "arguments": "{"}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "21"},
+    {"role": "tool", "tool_call_id": "2", "content": [{"type": "text", "text": "noon"}]},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+@pytest.mark.parametrize(
+    ("source", "tools", "calls", "role"),
+    [
+        (LLAMA3_TEMPLATE, False, False, False),
+        (QWEN3_TEMPLATE, True, True, False),
+        ("{% if tools is defined %}{% endif %}", True, False, False),
+        ("{% set tools = [] %}{% for m in messages %}{% if m['role'] == 'tool' %}{% endif %}{% endfor %}", False, False, True),
+        (
+            "{% for m in messages %}{% if 'tool_calls' in m or m.role in ['tool', 'ipython'] %}{% endif %}{% endfor %}",
+            False,
+            True,
+            True,
+        ),
+    ],
+)
+def test_what_a_template_knows_of_tools(source: str, tools: bool, calls: bool, role: bool) -> None:
+    template = ChatTemplate(source)
+    assert (template.takes_tools, template.takes_tool_calls, template.takes_tool_role) == (tools, calls, role)
+
+
+def test_calls_and_results_as_text(llama3: Tokenizer, gemma: Tokenizer) -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    broken = '<tool_call>\n{"name": "time", "arguments": "{"}\n</tool_call>'
+    results = "<tool_response>\n21\n</tool_response>\n<tool_response>\nnoon\n</tool_response>"
+    text = llama3.render_chat(LOOP)
+    assert f"I look.\n{call}\n{broken}<|eot_id|>" in text
+    assert f"<|start_header_id|>user<|end_header_id|>\n\n{results}<|eot_id|>" in text
+    assert f"<start_of_turn>user\n{results}<end_of_turn>" in gemma.render_chat(LOOP[:-1])  # turns alternate
+    only_parts = "{% for m in messages %}{{ m.role }}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endfor %}"
+    assert render(only_parts, *LOOP[:4]) == f"user<Hello>assistant<I look.\n{call}\n{broken}>user<{results}>"
+
+
+def test_a_tool_block_stands_with_the_system_message(llama3: Tokenizer, qwen3: Tokenizer) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    text = llama3.render_chat([system, USER], tools=[WEATHER_TOOL], tool_block="TOOLS")
+    assert "<|start_header_id|>system<|end_header_id|>\n\nBe brief.\n\nTOOLS<|eot_id|>" in text
+    text = llama3.render_chat([{"role": "developer", "content": [{"type": "text", "text": "D"}]}, USER], tool_block="TOOLS")
+    assert "<|start_header_id|>system<|end_header_id|>\n\nD\nTOOLS<|eot_id|>" in text
+    text = llama3.render_chat([USER], tool_block="TOOLS")
+    assert text.startswith("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nTOOLS<|eot_id|>")
+    assert "TOOLS" not in qwen3.render_chat([USER], tools=[WEATHER_TOOL], tool_block="TOOLS")
+
+
+def test_a_tool_block_without_a_place_for_a_system_message(gemma: Tokenizer) -> None:
+    assert gemma.render_chat([USER], tool_block="TOOLS").startswith("<bos><start_of_turn>user\nTOOLS\n\nHello<end_of_turn>")
+    with pytest.raises(InvalidRequest, match="System role not supported"):
+        gemma.render_chat([{"role": "system", "content": "S"}, USER], tool_block="TOOLS")
+    silent = "{% for m in messages if m.role != 'system' %}{{ m.content }};{% endfor %}"
+    block = {"continue_final_message": False, "variables": {}, "tool_block": "TOOLS"}
+    assert ChatTemplate(silent).render([ASSISTANT, USER], **block) == "Paris;TOOLS\n\nHello;"
+    assert ChatTemplate(silent).render([ASSISTANT], **block) == "TOOLS;Paris;"
+    continued = {**block, "continue_final_message": True}
+    assert ChatTemplate(silent).render([USER, ASSISTANT], **continued) == "TOOLS\n\nHello;Paris"
