@@ -36,11 +36,13 @@ class RequestBody(BaseModel):
     """Base of the request types. Types are taken strictly ("0.5" is no number, true is no integer).
 
     UNSUPPORTED: known fields of the API that are refused -> values that ask for nothing, and so are accepted.
+    INSTEAD: which field does what one of these would, for the refusal's text.
     WITHOUT_EFFECT: known fields that are accepted, and change nothing here; declared nowhere else, they may hold anything.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    INSTEAD: ClassVar[dict[str, str]] = {}
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
@@ -107,7 +109,8 @@ def validate(body_type: type[Body], data: dict[str, Any], *, strict: bool) -> tu
     for owner, path, name, value in _undeclared_fields(body, ""):
         if name in owner.UNSUPPORTED:
             if value not in owner.UNSUPPORTED[name]:
-                raise InvalidRequest(f"{path} is not supported.", param=path, code="unsupported_parameter")
+                hint = f"; use {owner.INSTEAD[name]}" if name in owner.INSTEAD else ""
+                raise InvalidRequest(f"{path} is not supported{hint}.", param=path, code="unsupported_parameter")
             continue
         if strict and name not in owner.WITHOUT_EFFECT:
             hint = nearest(name, type(owner).model_fields)

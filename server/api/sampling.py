@@ -52,13 +52,42 @@ class SamplingRequest(RequestBody):
     when the model has no default of its own."""
 
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        # vLLM's
+        "kv_transfer_params": (),
+        "length_penalty": (1, 1.0),
         "logits_processors": ([],),
         "prompt_embeds": (),
+        "return_tokens_as_token_ids": (False,),
         "use_beam_search": (False,),
-        "length_penalty": (1, 1.0),
+        "vllm_xargs": ({},),
+        # llama.cpp's
+        "dry_multiplier": (0, 0.0),
+        "dynatemp_range": (0, 0.0),
+        "grammar": ("",),
+        "json_schema": (),
+        "lora": ([],),
+        "mirostat": (0,),
+        "n_predict": (),
+        "n_probs": (0,),
+        "repeat_penalty": (1, 1.0),
+        "samplers": (),
+        "timings_per_token": (False,),
+        "top_n_sigma": (-1, -1.0),
+        "xtc_probability": (0, 0.0),
+    }
+    INSTEAD: ClassVar[dict[str, str]] = {
+        "grammar": "structured_outputs.grammar",
+        "json_schema": "response_format",
+        "n_predict": "max_tokens",
+        "n_probs": "logprobs",
+        "repeat_penalty": "repetition_penalty",
+        "return_tokens_as_token_ids": "return_token_ids",
+        "timings_per_token": "explain",
     }
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset(
         {
+            "cache_prompt",
+            "id_slot",
             "metadata",
             "prompt_cache_key",
             "prompt_cache_options",

@@ -275,6 +275,13 @@ def test_fields_without_effect_are_listed_and_never_refused(api: Api) -> None:
     assert all("without effect" in document[name]["description"] for name in fields)
 
 
+def test_what_is_refused_by_name_says_what_to_use(api: Api) -> None:
+    assert api.complete(prompt="a", use_beam_search=False, repeat_penalty=1.0, mirostat=0).status_code == 200
+    for field, instead in {**CompletionRequest.INSTEAD, "mirostat": ""}.items():
+        error = error_of(api.complete(prompt="a", **{field: "other"}), 400)
+        assert (error["param"], error["code"]) == (field, "unsupported_parameter") and instead in error["message"]
+
+
 def test_null_means_not_given(api: Api) -> None:
     names = [*CompletionRequest.model_fields, *CompletionRequest.UNSUPPORTED, "unheard_of"]
     nulls: dict[str, Any] = {name: None for name in names if name != "prompt"}
