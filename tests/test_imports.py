@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, tuple[str, ...]] = {
     "L0": ("errors", "config", "sampling_params", "messages", "step"),
     "L1": ("request", "block_pool", "memory_plan", "host_memory", "model_cache", "chat_template", "detokenizer", "tokenizer"),
-    "L2": ("grammar", "kv_cache_manager", "step_budget", "waiting_queue", "scheduler"),
+    "L2": ("grammar", "grammar_compiler", "grammar_trial", "kv_cache_manager", "step_budget", "waiting_queue", "scheduler"),
     "L3": (
         "kernels",
         "transformers_import",
@@ -48,7 +48,17 @@ ORDER = [name for names in LAYERS.values() for name in names]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 # The device side knows one border, step.py, and nothing of queues and pages.
-HIDDEN_FROM_L3 = {"request", "block_pool", "grammar", "kv_cache_manager", "step_budget", "waiting_queue", "scheduler"}
+HIDDEN_FROM_L3 = {
+    "request",
+    "block_pool",
+    "grammar",
+    "grammar_compiler",
+    "grammar_trial",
+    "kv_cache_manager",
+    "step_budget",
+    "waiting_queue",
+    "scheduler",
+}
 SEEN_BY_SERVER = {
     "supervisor",
     "client",
