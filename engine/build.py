@@ -391,7 +391,7 @@ def _ready(
         dtype=_name(loaded.dtype),
         attention_backend=backend_name,
         vocab_size=loaded.vocab_size,
-        hidden_size=int(loaded.model.config.get_text_config().hidden_size),
+        hidden_size=int(loaded.config.hidden_size),
         max_model_len=kv_plan.max_model_len,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,

@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "model_runner",
     ),
     "L4": ("core", "build", "process"),
-    "L5": ("supervisor", "client"),
+    "L5": ("supervisor", "request_stream", "client"),
 }
 ORDER = [name for names in LAYERS.values() for name in names]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -62,6 +62,7 @@ HIDDEN_FROM_L3 = {
 SEEN_BY_SERVER = {
     "supervisor",
     "client",
+    "request_stream",
     "config",
     "sampling_params",
     "messages",

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.client import ChoiceDelta
+from engine.request_stream import ChoiceDelta
 from engine.tokenizer import Tokenizer
 from server.api.body import read_json_object, validate
 from server.api.chat_choices import WholeMessage, message_delta

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from engine.client import ChoiceDelta
 from engine.messages import TokenLogprobs
+from engine.request_stream import ChoiceDelta
 from engine.tokenizer import Tokenizer
 from server.api.generation import Prompt
 from server.api.logprobs import LegacyLogprobs, LegacyLogprobsBuilder, PromptLogprobs, prompt_logprobs, with_best
@@ -27,7 +27,8 @@ class CompletionChoice(msgspec.Struct, omit_defaults=True):
 
     @property
     def says_nothing(self) -> bool:
-        return not (self.text or self.finish_reason or self.logprobs or self.token_ids or self.prompt_token_ids)
+        of_prompt = self.prompt_token_ids or self.prompt_logprobs
+        return not (self.text or self.finish_reason or self.logprobs or self.token_ids or of_prompt)
 
     def extend(self, later: CompletionChoice) -> None:
         """Take in what comes next of the choice, except for its text."""
@@ -77,12 +78,17 @@ class ChoiceBuilder:
             choice.token_ids = [*delta.token_ids]
         builder = self._logprobs.get(index)
         if builder is None:
-            builder = self._logprobs[index] = LegacyLogprobsBuilder(self._tokenizer)
+            builder = self._logprobs[index] = self._logprobs_builder(self._prompts[prompt_index])
             self._begin(choice, builder, prompt_index, delta)
         if delta.logprobs is not None and self._num_logprobs is not None:
             own = builder.build(delta.token_ids, delta.logprobs)
             choice.logprobs = own if choice.logprobs is None else choice.logprobs.extend(own)
         return choice
+
+    def _logprobs_builder(self, prompt: Prompt) -> LegacyLogprobsBuilder:
+        before = () if self._echo else prompt.token_ids
+        text = self._tokenizer.detokenizer(before, skip_special_tokens=self._skip_special_tokens)
+        return LegacyLogprobsBuilder(self._tokenizer, text)
 
     def _begin(self, choice: CompletionChoice, builder: LegacyLogprobsBuilder, prompt_index: int, delta: ChoiceDelta) -> None:
         prompt = self._prompts[prompt_index]

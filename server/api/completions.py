@@ -12,9 +12,9 @@ from pydantic import WithJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.client import ChoiceDelta
 from engine.errors import InvalidRequest
 from engine.messages import EngineReady
+from engine.request_stream import ChoiceDelta
 from engine.sampling_params import MAX_N, SamplingParams
 from engine.tokenizer import Tokenizer
 from server.api.body import read_json_object, validate

@@ -14,8 +14,8 @@ import msgspec
 from starlette.types import Receive
 
 from engine.chat_template import ChatJob
-from engine.client import ChoiceDelta
 from engine.errors import InvalidRequest
+from engine.request_stream import ChoiceDelta
 from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.tokenizer import Tokenizer
 from server.api.generation import Generation, Prompt, in_thread_if_long
@@ -99,7 +99,7 @@ class Conversation(msgspec.Struct, kw_only=True):
 class Reply:
     """The model's answer on its way: `deltas` or `set_shortcut` give what the engine says, `read` what it means.
 
-    prompt_token_ids, sampling: what the engine was given.
+    prompt_token_ids, sampling: what the engine was given. is_plain: all text is the answer's content, as it comes.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Reply:
         self._tool_format = formats.tools
         self._ends_in_calls = not isinstance(conversation.tool_choice, NamedFunction)
         self._readers = [_Reader(conversation, formats.parser(conversation, is_open)) for _ in range(conversation.n)]
+        self.is_plain = self._readers[0].parser is None
         self.generation: Generation
 
     @classmethod
@@ -159,11 +160,6 @@ class Reply:
         """An id for a call that `read` has given."""
         assert self._tool_format is not None
         return self._tool_format.new_call_id()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all text is the answer's content, as it comes."""
-        return self._readers[0].parser is None
 
     def deltas(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
         """What is new, until every choice has finished; the number is always 0. Raises RequestFailed."""

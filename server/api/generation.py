@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from engine.client import ChoiceDelta, RequestStream
+from engine.request_stream import ChoiceDelta, RequestStream
 from engine.sampling_params import SamplingParams
 from server.api.sampling import SamplingRequest
 from server.metrics import Metrics

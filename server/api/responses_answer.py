@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import msgspec
 
-from engine.client import ChoiceDelta
 from engine.errors import InvalidRequest
+from engine.request_stream import ChoiceDelta
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from server.api.conversation import Reply

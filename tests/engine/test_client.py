@@ -15,10 +15,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from engine.client import EngineClient, RequestStream, _Choice
+from engine.client import EngineClient
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError, RequestFailed
 from engine.messages import RequestOutput, TokenLogprobs
+from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.supervisor import Supervisor
 from engine.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ def test_streams_stops_and_refusals(model_dir: Path):
 
 def make_stream(model_dir: Path, num_choices: int, stop: list[str]) -> RequestStream:
     tokenizer = Tokenizer.load(model_dir)
-    choices = [_Choice(tokenizer.detokenizer([3], stop=stop)) for _ in range(num_choices)]
+    choices = [Choice(tokenizer.detokenizer([3], stop=stop)) for _ in range(num_choices)]
     return RequestStream("me:1", 1, choices, frozenset({2}), lambda request_id: None)
 
 

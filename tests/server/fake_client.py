@@ -11,9 +11,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.client import ChoiceDelta, Embedding, EngineClient
+from engine.client import Embedding, EngineClient
 from engine.errors import OctavoError
 from engine.messages import EngineReady, EngineStats, LoadProgress, Pooling, TokenLogprobs
+from engine.request_stream import ChoiceDelta
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from server.app import create_app

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from engine.client import ChoiceDelta
 from engine.messages import TokenLogprobs
+from engine.request_stream import ChoiceDelta
 from engine.sampling_params import SamplingParams
 from engine.tokenizer import Tokenizer
 from server.api.completion_choices import ChoiceBuilder, WholeChoices
@@ -311,6 +311,24 @@ def test_what_lm_evals_local_completions_asks_and_reads(api: Api, max_tokens: in
         assert sum(continuation) == -0.5 * (end - start)
         assert all(max(top.values()) >= own for own, top in zip(continuation, logprobs["top_logprobs"][start:end], strict=True))
         assert "".join(logprobs["tokens"][start:end]) == text[len(context) :]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_text_offsets_count_the_characters_that_are_shown(api: Api, stream: bool) -> None:
+    use_tokenizer(api, marked_tokenizer([], "<bos>"))
+    api.client.script = api.client.tokenizer.encode("xé!", add_special_tokens=False)
+    response = api.complete(prompt="é", echo=True, logprobs=0, max_tokens=4, stream=stream)
+    parts = [chunk["choices"][0]["logprobs"] for chunk in (events(response) if stream else [response.json()])]
+    tokens, offsets = ([item for part in parts for item in part[name]] for name in ("tokens", "text_offset"))
+    assert (tokens[0], tokens[1][:5], tokens[3], tokens[-1]) == ("<bos>", "bytes", "x", "!")
+    assert offsets == [0, 0, 0, 1, 2, 2, 3]
+
+
+def test_a_first_chunk_without_text_still_tells_of_the_prompt(api: Api) -> None:
+    api.client.script = api.client.tokenizer.encode("é")
+    api.client.tokenizer.decode = lambda *_, **__: ""  # type: ignore[method-assign]
+    first, last = events(api.complete(prompt="ab", prompt_logprobs=0, max_tokens=2, stream=True))
+    assert len(first["choices"][0]["prompt_logprobs"]) == 2 and "prompt_logprobs" not in last["choices"][0]
 
 
 def test_of_tokens_that_read_the_same_the_best_one_is_listed() -> None:

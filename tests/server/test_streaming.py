@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from engine.client import EngineClient, RequestStream, _Choice
+from engine.client import EngineClient
 from engine.errors import RequestFailed
 from engine.messages import RequestOutput, TokenLogprobs
+from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams
 from server import sse
 from server.app import create_app
@@ -30,7 +31,7 @@ class LiveClient(FakeEngineClient):
         self.aborted: list[str] = []
 
     async def generate(self, prompt_token_ids: list[int], sampling: SamplingParams, **_: Any) -> Any:
-        choices = [_Choice(self.tokenizer.detokenizer(prompt_token_ids)) for _ in range(sampling.n)]
+        choices = [Choice(self.tokenizer.detokenizer(prompt_token_ids)) for _ in range(sampling.n)]
         self.sampling.append(sampling)
         self.live.append(
             RequestStream(str(len(self.live)), len(prompt_token_ids), choices, frozenset({256}), self.aborted.append)
