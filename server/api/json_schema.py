@@ -7,6 +7,7 @@ assertions count. Unknown keywords are annotations, as the specification says.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -91,6 +92,11 @@ def schema_text(schema: dict[str, Any], param: str) -> str:
     return text
 
 
+def _share_integer_part(whole: float, other: float) -> bool:
+    is_finite = math.isfinite(whole) and math.isfinite(other)
+    return is_finite and whole == int(whole) == int(other) != other
+
+
 def _check_depth(schema: dict[str, Any], param: str) -> None:
     level: list[Any] = [schema]
     for _ in range(MAX_DEPTH):
@@ -129,6 +135,7 @@ class _Copy:
             elif keyword != "$schema":
                 copy[keyword] = value
         self._check_type(copy)
+        self._check_bounds(copy)
         if "oneOf" in copy and "anyOf" not in copy and self._exclude_each_other(copy["oneOf"]):
             copy = {"anyOf" if keyword == "oneOf" else keyword: value for keyword, value in copy.items()}
         return copy
@@ -141,6 +148,25 @@ class _Copy:
         # A format says something about strings only; OpenAPI has some for numbers.
         if "format" in schema and "string" in types and schema["format"] not in FORMATS:
             self._refuse(f"has a format that is not supported; those that are: {', '.join(FORMATS)}")
+
+    def _check_bounds(self, schema: dict[str, Any]) -> None:
+        """Draft 4 says with true that a bound is exclusive. And the grammar library takes 3 for a number above 3 and below 3.5:
+        it forgets that a whole number is excluded where the other bound has the same integer part."""
+        for exclusive, inclusive in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if isinstance(is_exclusive := schema.get(exclusive), bool):
+                del schema[exclusive]
+                if is_exclusive and inclusive in schema:
+                    schema[exclusive] = schema.pop(inclusive)
+        types = schema.get("type", "number")
+        if "number" not in (types if isinstance(types, list) else [types]):
+            return
+        for exclusive, others in (
+            ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+            ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+        ):
+            for bound, other in ((schema.get(exclusive), schema.get(name)) for name in others):
+                if isinstance(bound, int | float) and isinstance(other, int | float) and _share_integer_part(bound, other):
+                    self._refuse(f"has an {exclusive} beside a bound of the same integer part, which is not supported")
 
     def _refuse(self, what: str) -> None:
         raise InvalidRequest(f"{self._param} {what}.", param=self._param, code="unsupported_schema")
