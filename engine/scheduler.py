@@ -22,6 +22,7 @@ from engine.errors import OctavoError, RequestFailed
 from engine.kv_cache_manager import KVCacheManager, PrefixHit
 from engine.messages import EngineStats, ErrorInfo, RequestOutput, TokenLogprobs
 from engine.request import FinishReason, Request, RequestStatus, TokenMatcher
+from engine.request_output import make_output
 from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
 from engine.step_budget import StepBudget
 from engine.waiting_queue import WaitingQueue
@@ -426,7 +427,7 @@ class Scheduler:
             if request.status is _RUNNING:
                 self.kv_cache.mark_computed(request, flight.step.start_positions[row] + flight.step.num_tokens[row])
                 if request.num_computed_tokens == request.max_total_tokens and request.num_inflight_steps == 0:
-                    outputs.append(self._output(request, [], None, FinishReason.LENGTH))
+                    outputs.append(make_output(request, [], None, FinishReason.LENGTH))
                     self._finish(request)
             self._requeue_if_preempted(request)
         return outputs
@@ -458,7 +459,7 @@ class Scheduler:
             reason = FinishReason.STOP if stops else self._finish_reason(request, token_id)
         except RequestFailed as error:
             return self.fail(request, error)
-        output = self._output(request, [token_id], logprobs, reason, stop_token_id=token_id if stops else None)
+        output = make_output(request, [token_id], logprobs, reason, stop_token_id=token_id if stops else None)
         if reason is not None:
             self._finish(request)
         return output
@@ -468,37 +469,6 @@ class Scheduler:
         if request.matcher is not None and request.matcher.accept(token_id):
             return FinishReason.STOP
         return FinishReason.LENGTH if request.num_tokens >= request.max_total_tokens else None
-
-    def _output(
-        self,
-        request: Request,
-        token_ids: list[int],
-        logprobs: TokenLogprobs | None,
-        reason: FinishReason | None,
-        stop_token_id: int | None = None,
-    ) -> RequestOutput:
-        first_index = request.num_output_tokens - len(token_ids)
-        is_first = first_index == 0
-        prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if request.wants_prompt_logprobs and is_first:
-            prompt_logprobs = [None, *request.prompt_logprobs]
-            request.wants_prompt_logprobs = False  # told once; if it is preempted from now on, it need not compute them again
-        scheduled_s = request.first_scheduled_time_s if is_first else None
-        return RequestOutput(
-            request_id=request.request_id,
-            choice_index=request.choice_index,
-            first_token_index=first_index,
-            token_ids=token_ids,
-            logprobs=None if logprobs is None else [logprobs],
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=None if reason is None else reason.value,
-            stop_token_id=stop_token_id,
-            num_cached_tokens=request.num_cached_tokens if is_first else 0,
-            queue_s=None if scheduled_s is None else scheduled_s - request.arrival_time_s,
-            prefill_s=None if scheduled_s is None else time.monotonic() - scheduled_s,
-            embedding=_embedding(request),
-            num_preemptions=request.num_preemptions,
-        )
 
     def _finish(self, request: Request) -> None:
         if request.status is RequestStatus.RUNNING:
@@ -552,10 +522,3 @@ class Scheduler:
         assert sorted(self._waiting, key=lambda request: request.priority) == list(self._waiting), "the queue is out of order"
         assert all(request.num_computed_tokens <= request.num_tokens_ahead for request in self.unfinished())
         assert all(request.num_computed_tokens <= request.page_capacity for request in self._running), "a position has no page"
-
-
-def _embedding(request: Request) -> bytes | None:
-    if request.pooled is None:
-        return None
-    vector = request.pooled / request.num_prompt_tokens if request.pooling == "mean" else request.pooled
-    return vector.astype("<f4").tobytes()

@@ -16,7 +16,16 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: dict[str, tuple[str, ...]] = {
     "L0": ("errors", "config", "sampling_params", "messages", "step"),
     "L1": ("request", "block_pool", "memory_plan", "host_memory", "model_cache", "chat_template", "detokenizer", "tokenizer"),
-    "L2": ("grammar", "grammar_compiler", "grammar_trial", "kv_cache_manager", "step_budget", "waiting_queue", "scheduler"),
+    "L2": (
+        "grammar",
+        "grammar_compiler",
+        "grammar_trial",
+        "kv_cache_manager",
+        "step_budget",
+        "waiting_queue",
+        "request_output",
+        "scheduler",
+    ),
     "L3": (
         "kernels",
         "transformers_import",
@@ -57,6 +66,7 @@ HIDDEN_FROM_L3 = {
     "kv_cache_manager",
     "step_budget",
     "waiting_queue",
+    "request_output",
     "scheduler",
 }
 SEEN_BY_SERVER = {
