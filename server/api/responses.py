@@ -6,7 +6,8 @@ https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -46,7 +47,8 @@ def router(state: ServerState) -> APIRouter:
         """Answer input, and what came before it."""
         arrival = time.monotonic()
         body, headers = await _read(state, request)
-        answer = await _start(state, store, request, body, arrival)
+        with _input_by_its_name():
+            answer = await _start(state, store, request, body, arrival)
         if body.stream:
             return EventStream(answer, headers=headers)
         content = await unless_disconnected(request.receive, answer.whole())
@@ -56,8 +58,9 @@ def router(state: ServerState) -> APIRouter:
     async def count_input_tokens(request: Request) -> Response:
         """How many tokens the input of such a response has."""
         body, headers = await _read(state, request)
-        given = await _Given.read(state, store, body)
-        count = InputTokens(len(await prompt_tokens(state, given.conversation)))
+        with _input_by_its_name():
+            given = await _Given.read(state, store, body)
+            count = InputTokens(len(await prompt_tokens(state, given.conversation)))
         return Response(msgspec.json.encode(count), headers=headers, media_type="application/json")
 
     @routes.get("/v1/responses/{response_id}")
@@ -106,10 +109,7 @@ async def _start(state: ServerState, store: ResponseStore, request: Request, bod
     """Everything that can be refused is refused here, before there is a response. Raises OctavoError."""
     given = await _Given.read(state, store, body)
     response_id = new_id("resp") if body.request_id is None else f"resp_{body.request_id}"
-    try:
-        reply = await Reply.start(state, request.receive, response_id, given.conversation, body, arrival)
-    except InvalidRequest as error:
-        raise _in_our_words(error) from None
+    reply = await Reply.start(state, request.receive, response_id, given.conversation, body, arrival)
     response = response_object(body, response_id, given.model, reply.sampling)
     response.store = body.store and state.config.response_store_size > 0
     return Answer(response, reply, state.client.tokenizer, store, given.input_items, given.previous)
@@ -178,11 +178,15 @@ async def _truncated(
     return without(enough)
 
 
-def _in_our_words(error: InvalidRequest) -> InvalidRequest:
-    """What chat completions call messages is the input here."""
-    if error.param is not None and error.param.startswith("messages"):
-        error.param = "input"
-    return error
+@contextmanager
+def _input_by_its_name() -> Iterator[None]:
+    """What chat completions call messages is the input here, also where it is at fault."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param is not None and error.param.startswith("messages"):
+            error.param = "input"
+        raise
 
 
 def _page(items: list[Item], limit: str, order: str, after: str | None) -> ItemList:

@@ -36,6 +36,7 @@ from server.api.responses_types import (
     TextDone,
 )
 from server.parsers.base import CallArguments, CallStart, Content, Part, Reasoning
+from server.sse import event
 
 
 def new_id(kind: str) -> str:
@@ -50,12 +51,12 @@ class EventEncoder:
         self._encode = msgspec.json.Encoder().encode
 
     def encode(self, events: Sequence[Event]) -> bytes:
-        frames = []
-        for event in events:
-            event.sequence_number = self._num_sent
+        frames = b""
+        for item in events:
+            item.sequence_number = self._num_sent
             self._num_sent += 1
-            frames.append(b"event: %b\ndata: %b\n\n" % (event.type.encode(), self._encode(event)))
-        return b"".join(frames)
+            frames += event(self._encode(item), item.type)
+        return frames
 
 
 class _Open:
@@ -163,7 +164,8 @@ class OutputBuilder:
 
         A parser may hold text back, so tokens and parts need not come together; those of thoughts and calls are dropped.
         """
-        self._logprobs += logprobs
+        if logprobs:
+            self._logprobs += logprobs
         events: list[Event] = []
         for part in parts:
             events += self._take(part)
@@ -172,15 +174,17 @@ class OutputBuilder:
     def _take(self, part: Part) -> list[Event]:
         match part:
             case Content(text):
-                events = [] if isinstance(self._open, _OpenMessage) else self._begin(_OpenMessage(self._next_index()))
-                assert isinstance(self._open, _OpenMessage)
                 logprobs, self._logprobs = self._logprobs, []
-                return [*events, self._open.grow(text, logprobs)]
+                if isinstance(self._open, _OpenMessage):
+                    return [self._open.grow(text, logprobs)]
+                message = _OpenMessage(self._next_index())
+                return [*self._begin(message), message.grow(text, logprobs)]
             case Reasoning(text):
-                events = [] if isinstance(self._open, _OpenReasoning) else self._begin(_OpenReasoning(self._next_index()))
-                assert isinstance(self._open, _OpenReasoning)
                 self._logprobs = []
-                return [*events, self._open.grow(text)]
+                if isinstance(self._open, _OpenReasoning):
+                    return [self._open.grow(text)]
+                thoughts = _OpenReasoning(self._next_index())
+                return [*self._begin(thoughts), thoughts.grow(text)]
             case CallStart(_, name):
                 self._logprobs = []
                 return self._begin(_OpenCall(self._next_index(), name, self._new_call_id()))

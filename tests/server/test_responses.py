@@ -136,6 +136,16 @@ def test_input_that_is_refused(given: Any, param: str) -> None:
     talk(steps)
 
 
+def test_what_the_template_refuses_is_the_input() -> None:
+    async def steps(t: Talk) -> None:
+        assert (await t.refused())[0] == "input"
+        assert (await t.refused(truncation="auto", input=[{"role": "user", "content": text} for text in "ab"]))[0] == "input"
+        answer = await t.http.post("/v1/responses/input_tokens", json={"input": "hi"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
+
+    talk(steps, template="{{ raise_exception('No.') }}")
+
+
 def test_unknown_fields_of_items_are_listed() -> None:
     async def steps(t: Talk) -> None:
         answer = await t.post(input=[{"role": "user", "content": "u", "mood": 1}], text={"verbosity": "low"})
