@@ -133,7 +133,10 @@ class Reply:
         ready = state.require_ready()
         tokenizer = state.client.tokenizer
         formats = _Formats.of(conversation, state.config, tokenizer)
-        text, token_ids = await _tokenize(state, conversation, formats)
+        tokenizing = _tokenize(state, conversation, formats)
+        # It may be a while before the template of a request has its turn.
+        patient = _is_own(conversation.chat_template, tokenizer)
+        text, token_ids = await (tokenizing if patient else unless_disconnected(receive, tokenizing))
         token_ids = truncate_prompt(token_ids, body.truncate_prompt_tokens, conversation.max_tokens, None, ready)
         check_vocabulary(token_ids, ready.vocab_size, "messages")
         limit = output_limit(len(token_ids), conversation.max_tokens, None, ready, conversation.max_tokens_param)
@@ -346,7 +349,7 @@ async def _tokenize(state: ServerState, conversation: Conversation, formats: _Fo
         template_kwargs=conversation.template_kwargs,
         tool_block=formats.tool_block,
     )
-    if conversation.chat_template is None or tokenizer.has_template(conversation.chat_template):
+    if _is_own(conversation.chat_template, tokenizer):
         text, token_ids = await in_thread_if_long(conversation.num_chars, lambda: _render_and_encode(job, tokenizer))
     else:
         text = await template_worker().render(job)
@@ -354,6 +357,11 @@ async def _tokenize(state: ServerState, conversation: Conversation, formats: _Fo
     if not token_ids:
         raise InvalidRequest("messages come out empty from the chat template.", param="messages", code="empty_prompt")
     return text, token_ids
+
+
+def _is_own(chat_template: str | None, tokenizer: Tokenizer) -> bool:
+    """Whether it is the model's template, not the request's."""
+    return chat_template is None or tokenizer.has_template(chat_template)
 
 
 def _render_and_encode(job: ChatJob, tokenizer: Tokenizer) -> tuple[str, list[int]]:

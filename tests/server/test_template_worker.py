@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import httpx
 import pytest
 
 from engine.chat_template import ChatJob
@@ -142,6 +143,28 @@ def test_the_server_goes_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     response, waits = asyncio.run(both())
     assert response.status_code == 400 and "longer than 1 second" in response.json()["error"]["message"]
     assert len(waits) > 5 and sorted(waits)[len(waits) // 2] < 0.5
+
+
+def test_who_leaves_gives_up_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = TemplateWorker(limit_s=1.0)
+    monkeypatch.setattr("server.api.conversation.template_worker", lambda: worker)
+    monkeypatch.setattr(template_worker, "MAX_WAITING", 2)
+    client = FakeEngineClient()
+
+    async def leave() -> httpx.Response:
+        async with client.http() as http:
+            body = {"messages": [{"role": "user", "content": "u"}], "chat_template": "x"}
+            slow = asyncio.create_task(http.post("/v1/chat/completions", json={**body, "chat_template": ENDLESS}))
+            await asyncio.sleep(0.05)
+            for _ in range(2):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(http.post("/v1/chat/completions", json=body), 0.05)
+            response = await http.post("/v1/chat/completions", json=body)
+            await slow
+            return response
+
+    assert asyncio.run(leave()).status_code == 200
+    assert len(client.prompts) == 1
 
 
 def test_the_models_own_template_is_rendered_here(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
