@@ -64,7 +64,7 @@ class ChoiceBuilder:
         self._num_prompt_logprobs = num_prompt_logprobs
         self._return_token_ids = return_token_ids
         self._num_choices = prompts[0].sampling.n
-        self._logprobs: dict[int, LegacyLogprobsBuilder] = {}
+        self._logprobs: dict[int, LegacyLogprobsBuilder | None] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
 
     def index(self, prompt_index: int, delta: ChoiceDelta) -> int:
@@ -76,21 +76,24 @@ class ChoiceBuilder:
         choice = CompletionChoice(index, delta.text, None, delta.finish_reason, delta.stop_reason)
         if self._return_token_ids:
             choice.token_ids = [*delta.token_ids]
-        builder = self._logprobs.get(index)
-        if builder is None:
-            builder = self._logprobs[index] = self._logprobs_builder(self._prompts[prompt_index])
-            self._begin(choice, builder, prompt_index, delta)
-        if delta.logprobs is not None and self._num_logprobs is not None:
+        if index not in self._logprobs:
+            self._logprobs[index] = self._logprobs_builder(self._prompts[prompt_index])
+            self._begin(choice, prompt_index, delta)
+        builder = self._logprobs[index]
+        if delta.logprobs is not None and builder is not None:
             own = builder.build(delta.token_ids, delta.logprobs)
             choice.logprobs = own if choice.logprobs is None else choice.logprobs.extend(own)
         return choice
 
-    def _logprobs_builder(self, prompt: Prompt) -> LegacyLogprobsBuilder:
+    def _logprobs_builder(self, prompt: Prompt) -> LegacyLogprobsBuilder | None:
+        if self._num_logprobs is None:
+            return None
         before = () if self._echo else prompt.token_ids
         text = self._tokenizer.detokenizer(before, skip_special_tokens=self._skip_special_tokens)
         return LegacyLogprobsBuilder(self._tokenizer, text)
 
-    def _begin(self, choice: CompletionChoice, builder: LegacyLogprobsBuilder, prompt_index: int, delta: ChoiceDelta) -> None:
+    def _begin(self, choice: CompletionChoice, prompt_index: int, delta: ChoiceDelta) -> None:
+        """Adds what is told of the prompt to a choice's first part."""
         prompt = self._prompts[prompt_index]
         # The engine sends them once, with the first choice's first event; all choices show the same.
         if delta.prompt_logprobs is not None:
@@ -100,7 +103,8 @@ class ChoiceBuilder:
             choice.prompt_token_ids = prompt.token_ids
         if self._echo:
             choice.text = self._prompt_text(prompt) + choice.text
-            if entries is not None and self._num_logprobs is not None:
+            builder = self._logprobs[choice.index]
+            if entries is not None and self._num_logprobs is not None and builder is not None:
                 choice.logprobs = builder.build(prompt.token_ids, with_best(entries, self._num_logprobs))
         if entries is not None and self._num_prompt_logprobs is not None:
             choice.prompt_logprobs = prompt_logprobs(self._tokenizer, prompt.token_ids, entries, self._num_prompt_logprobs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.messages import TokenLogprobs
-from engine.tokenizer import Tokenizer
+from engine.tokenizer import Detokenizer, Tokenizer
 
 # JSON has no -Infinity; OpenAI writes this instead.
 LOWEST_LOGPROB = -9999.0
@@ -30,10 +30,15 @@ class LegacyLogprobs(msgspec.Struct):
 
 
 class LegacyLogprobsBuilder:
-    """Makes the parts of one choice's lists as tokens come in; remembers how far the text has got."""
+    """Makes the parts of one choice's lists as tokens come in; remembers how far the text has got.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    text: a detokenizer for the tokens to come. It says where each one's text begins, which its own length does not: a token may
+    be part of a character, or not shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text: Detokenizer) -> None:
         self._tokenizer = tokenizer
+        self._push = text.push
         self._offset = 0
 
     def build(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> LegacyLogprobs:
@@ -43,7 +48,7 @@ class LegacyLogprobsBuilder:
             token = token_string(self._tokenizer, token_id)
             part.tokens.append(token)
             part.text_offset.append(self._offset)
-            self._offset += len(self._tokenizer.token_text(token_id))
+            self._offset += len(self._push(token_id))
             if entry is None:
                 part.token_logprobs.append(None)
                 part.top_logprobs.append(None)
