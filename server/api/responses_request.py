@@ -91,9 +91,16 @@ class ResponseRequest(SamplingRequest):
         "conversation": (),
         "moderation": (),
         "prompt": (),
-        "n": (1,),
+        # What chat completions call by these names has others here, or is not there.
+        "messages": (),
         "max_tokens": (),
         "max_completion_tokens": (),
+        "n": (1,),
+        "logprobs": (False,),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "prompt_logprobs": (),
+        "return_token_ids": (False,),
     }
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = (SamplingRequest.WITHOUT_EFFECT - {"metadata", "store"}) | {
         "image",  # how images are compressed: there are none

@@ -401,8 +401,12 @@ REFUSED: dict[str, Any] = {
     "conversation": "conv_1",
     "moderation": {"model": "m"},
     "prompt": {"id": "p"},
+    "messages": [{"role": "user", "content": "x"}],
     "n": 2,
     "max_tokens": 5,
+    "logprobs": True,
+    "reasoning_effort": "low",
+    "response_format": {"type": "json_object"},
 }
 WITHOUT_EFFECT: dict[str, Any] = {
     "image": {"context_compression": "auto"},

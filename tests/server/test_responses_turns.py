@@ -328,7 +328,7 @@ def test_an_error_in_the_middle_of_a_stream() -> None:
 def test_events_of_a_live_stream_come_one_by_one() -> None:
     async def run() -> None:
         client = LiveClient()
-        connection = Connection(client, "/v1/responses", input="hi")
+        connection = Connection(client, "/v1/responses", input="hi", messages=None)
         await settle()
         assert len(connection.chunks) == 1  # created, in progress
         client.say(0, "Hel")
@@ -347,7 +347,7 @@ def test_events_of_a_live_stream_come_one_by_one() -> None:
 def test_nothing_goes_on_for_a_client_that_is_gone(stream: bool) -> None:
     async def run() -> None:
         client = LiveClient()
-        connection = Connection(client, "/v1/responses", input="hi", stream=stream, request_id="x")
+        connection = Connection(client, "/v1/responses", input="hi", messages=None, stream=stream, request_id="x")
         await settle()
         client.say(0, "Hel")
         await settle()
