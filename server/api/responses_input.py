@@ -246,10 +246,12 @@ def count_turns(items: Sequence[Item]) -> int:
 
 
 def without_turns(items: Sequence[Item], num_turns: int) -> list[Item]:
-    """The items without the oldest turns; what the system or the developer said stays."""
+    """The items without the oldest turns; what the system or the developer said stays, an output without its call does not."""
     begins = [index for index, item in enumerate(items) if _is_users(item)]
     if num_turns == 0 or not begins:
         return list(items)
     cut = begins[num_turns] if num_turns < len(begins) else len(items)
-    kept = [item for item in items[:cut] if isinstance(item, MessageItem) and item.role in ("system", "developer")]
-    return [*kept, *items[cut:]]
+    said = [item for item in items[:cut] if isinstance(item, MessageItem) and item.role in ("system", "developer")]
+    calls = {item.call_id for item in items[cut:] if isinstance(item, FunctionCallItem)}
+    late = [item for item in items[cut:] if not isinstance(item, FunctionCallOutputItem) or item.call_id in calls]
+    return [*said, *late]

@@ -389,6 +389,10 @@ def test_truncation() -> None:
         only = [{"role": "user", "content": "x" * CONTEXT}]
         assert (await t.refused(input=only, truncation="auto"))[1] == "context_length_exceeded"
         await t.create(input=[{"role": "system", "content": "alone"}], truncation="auto")
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+        output = {"type": "function_call_output", "call_id": "c", "output": "late"}
+        await t.create(input=[given[1], call, given[1], output, *given[1:]], truncation="auto")
+        assert [message["content"][0] for message in t.messages()] == ["3", "3", "l"]
 
     talk(steps)
 
