@@ -6,7 +6,7 @@ text was split, so an answer that is not streamed is the same parser fed at once
 - Text that is no call comes out as content, also a call that cannot be parsed. A call's name is given out when its arguments
   begin; one that breaks after that ends with the arguments that came, and what follows is content.
 - A function's name is what the model said, whether there is such a function or not.
-- Whitespace that touches a marker of the format belongs to the marker.
+- Whitespace after a marker of the format belongs to the marker, and so does whitespace before it unless more text follows.
 - Text is held back while it may be the beginning of a marker or of a call's name, and no longer.
 - Special tokens that mean nothing where they stand are dropped.
 """
@@ -139,7 +139,9 @@ class ReasoningFormat(Protocol):
         """Whether the prompt ends inside the thoughts: the chat template has written their opening marker."""
         ...
 
-    def parser(self, *, is_open: bool) -> OutputParser: ...
+    def parser(self, *, is_open: bool, before_tools: bool = False) -> OutputParser:
+        """before_tools: a ToolFormat's parser reads what is content here, so its special tokens are left in."""
+        ...
 
     def grammar(self, answer: str, *, is_open: bool, is_call: bool = False) -> str:
         """Lark for thoughts and then what the Lark `answer` says. is_call: `answer` is a ToolFormat's grammar."""

@@ -15,6 +15,8 @@ from server.parsers.base import FunctionTool, Vocabulary
 # More calls than this in one answer are a model that has lost its way.
 MAX_PARALLEL_CALLS = 16
 
+ANY_TEXT = "ANY: /(?s:.*)/\n"
+
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Where one of these stands beside `properties`, closing the object could shut out what they ask for.
 _OPENING_KEYWORDS = frozenset(
@@ -33,16 +35,26 @@ def marker(vocabulary: Vocabulary, text: str) -> str:
     return quoted(text) if token_id is None else f"<[{token_id}]>"
 
 
-def free_text(vocabulary: Vocabulary, opening: str, rest: str, *, parallel: bool) -> str:
-    """The rule `start`: text in which the rule `rest` follows every marker `opening`.
+def free_text(vocabulary: Vocabulary, opening: str, rest: str, *, parallel: bool, never: str | None = None) -> str:
+    """The rule `start`: text in which the rule `rest` follows every marker `opening`. It defines ANY.
 
-    parallel: this may happen several times, else once.
+    parallel: this may happen several times, else once. never: a marker that the text has not.
     """
     times = MAX_PARALLEL_CALLS if parallel else 1
-    text = f"TEXT: ANY & ~(ANY {quoted(opening)} ANY)\nANY: /(?s:.*)/\n"
+    excluded = quoted(opening) if never is None else f"({quoted(opening)} | {quoted(never)})"
+    text = f"TEXT: ANY & ~(ANY {excluded} ANY)\n{ANY_TEXT}"
     if opening in vocabulary.added_tokens:
         return f"start: TEXT ({marker(vocabulary, opening)} {rest} TEXT){{0,{times}}}\n{text}"
-    return f"start: (before {rest}){{0,{times}}} TEXT\nbefore[lazy]: ANY {quoted(opening)}\n{text}"
+    before = "ANY" if never is None else f"(ANY & ~(ANY {quoted(never)} ANY))"
+    return f"start: (before {rest}){{0,{times}}} TEXT\nbefore[lazy]: BEFORE {quoted(opening)}\nBEFORE: {before}\n{text}"
+
+
+def text_to(vocabulary: Vocabulary, rule: str, end: str) -> str:
+    """The rule `rule`: text up to and with the first marker `end`. It needs ANY_TEXT."""
+    if end in vocabulary.added_tokens:
+        terminal = rule.upper()
+        return f"{rule}: {terminal} {marker(vocabulary, end)}\n{terminal}: ANY & ~(ANY {quoted(end)} ANY)\n"
+    return f"{rule}[lazy]: ANY {quoted(end)}\n"
 
 
 def arguments_schema(tool: FunctionTool) -> dict[str, Any]:
@@ -55,7 +67,12 @@ def arguments_schema(tool: FunctionTool) -> dict[str, Any]:
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and _may_close(schema, properties):
         schema["additionalProperties"] = False
-    return {**schema, "x-guidance": {**_SEPARATORS, "lenient": not tool.strict}}
+    return with_options(schema, is_strict=tool.strict)
+
+
+def with_options(schema: Mapping[str, Any], *, is_strict: bool) -> dict[str, Any]:
+    """The schema, for the grammar library: how it is written, and whether unknown keywords are refused."""
+    return {**schema, "x-guidance": {**_SEPARATORS, "lenient": not is_strict}}
 
 
 def _may_close(schema: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from server.parsers.markers import Markers
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]  # yields where it needs more text
+Kind = type[Content] | type[Reasoning]
 
 _MAX_NAME_CHARS = 256
 
@@ -34,8 +35,9 @@ class Tape:
         self.num_calls = 0
         self._attempt: int | None = None
         self._parts: list[Part] = []
-        self._kind: type[Content] | type[Reasoning] = Content
-        self._space = ""  # read, not given out: belongs to a marker if one follows
+        self._kind: Kind = Content
+        self._given: set[Kind] = set()
+        self._space: dict[Kind, str] = {Content: "", Reasoning: ""}  # read, to be given out before the next text of its kind
         self._after_marker = False
 
     def add(self, text: str) -> None:
@@ -46,9 +48,8 @@ class Tape:
             self._attempt = 0
 
     def take_parts(self) -> list[Part]:
-        if self.is_final and self._space:
-            self._give(self._kind(self._space))
-            self._space = ""
+        if self.is_final and not self._after_marker and (space := self._space[self._kind]):
+            self._give(self._kind(space))
         parts, self._parts = self._parts, []
         return parts
 
@@ -135,9 +136,10 @@ class Tape:
         self.start_call(name)
         yield from self.read_json(arguments=True)
 
-    def write(self, text: str, kind: type[Content] | type[Reasoning] = Content) -> None:
+    def write(self, text: str, kind: Kind = Content) -> None:
         if kind is not self._kind:
-            self._kind, self._space, self._after_marker = kind, "", True
+            self.pass_marker()
+            self._kind = kind
         if not text:
             return
         _, line_break, line = text.rpartition("\n")
@@ -145,16 +147,24 @@ class Tape:
         if self._after_marker:
             text = text.lstrip()
             self._after_marker = not text
-        text = self._space + text
+        text = self._space[kind] + text
         body = text.rstrip()
-        self._space = text[len(body) :]
+        self._space[kind] = text[len(body) :]
         if body:
+            self._given.add(kind)
             self._give(kind(body))
 
     def pass_marker(self) -> None:
-        """Space before and after this place is no text of the message."""
-        self._space = ""
+        """Space after this place is no text of the message; space before it is, if more text of its kind follows."""
         self._after_marker = True
+        if self._kind not in self._given:
+            self._space[self._kind] = ""
+
+    def begin_paragraph(self, kind: Kind) -> None:
+        """An empty line sets what follows apart from earlier text of its kind."""
+        self.pass_marker()
+        self._kind = kind
+        self._space[kind] = "\n\n" if kind in self._given else ""
 
     def start_call(self, name: str) -> None:
         self.pass_marker()
@@ -200,7 +210,7 @@ class TapeParser:
             self._reading = None
 
 
-def read_to_marker(tape: Tape, markers: Markers, kind: type[Content] | type[Reasoning] = Content) -> Reading[str | None]:
+def read_to_marker(tape: Tape, markers: Markers, kind: Kind = Content) -> Reading[str | None]:
     """Gives out the text before the next marker, which is read and returned; None at the end of the text."""
     while True:
         found = markers.find(tape.text, tape.position, is_final=tape.is_final)

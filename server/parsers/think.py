@@ -1,0 +1,67 @@
+"""Thoughts between <think> and </think>, as DeepSeek R1 and Qwen 3 write them, or Mistral's [THINK] and [/THINK].
+
+There is one section of thoughts. Its opening marker may stand in the prompt already, where the chat template writes it; what
+stands before it is content; thoughts that never end are all thoughts. An end without a beginning is dropped.
+"""
+
+from __future__ import annotations
+
+from server.parsers import lark
+from server.parsers.base import Content, OutputParser, Reasoning, Vocabulary
+from server.parsers.markers import Markers
+from server.parsers.tape import Reading, Tape, TapeParser, read_to_marker
+
+
+class ThinkFormat:
+    name = "think"
+    opening, closing = "<think>", "</think>"
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self.shows_special_tokens = self.opening in vocabulary.special
+        self._dropped = vocabulary.special if self.shows_special_tokens else frozenset()
+
+    def starts_open(self, prompt_text: str) -> bool:
+        return prompt_text.rstrip().endswith(self.opening)
+
+    def parser(self, *, is_open: bool, before_tools: bool = False) -> OutputParser:
+        return TapeParser(lambda tape: self._read(tape, is_open, before_tools))
+
+    def grammar(self, answer: str, *, is_open: bool, is_call: bool = False) -> str:
+        thoughts = lark.text_to(self._vocabulary, "thoughts", self.closing)
+        opened = "thoughts" if is_open else f"({lark.marker(self._vocabulary, self.opening)} thoughts)?"
+        rules = f"start: {opened} LINE_BREAKS answer\n" if is_open else f"start: ({opened[:-1]} LINE_BREAKS)? answer\n"
+        return rules + 'LINE_BREAKS: "\\n"{0,2}\n' + thoughts + lark.ANY_TEXT + lark.nested("answer", answer)
+
+    def _read(self, tape: Tape, is_open: bool, before_tools: bool) -> Reading[None]:
+        shown = frozenset() if before_tools else self._dropped
+        if not is_open and not (yield from self._read_to(tape, self.opening, {self.opening, self.closing, *shown}, Content)):
+            return
+        if (yield from tape.peek()) == self.opening[0]:
+            yield from tape.take(self.opening)  # once more, after the template's
+        yield from self._read_to(tape, self.closing, {self.closing, *self._dropped}, Reasoning)
+        tape.pass_marker()
+        yield from self._read_to(tape, None, shown, Content)
+
+    @staticmethod
+    def _read_to(tape: Tape, marker: str | None, markers: set[str] | frozenset[str], kind: type) -> Reading[bool]:
+        """Text up to `marker`; False where the end comes first. The other markers are dropped."""
+        known = Markers(markers)
+        found = yield from read_to_marker(tape, known, kind)
+        while found is not None and found != marker:
+            found = yield from read_to_marker(tape, known, kind)
+        return found is not None
+
+
+class AlwaysThinkFormat(ThinkFormat):
+    """For models that always think, where neither the chat template nor they are sure to write the opening marker."""
+
+    name = "deepseek_r1"
+
+    def starts_open(self, prompt_text: str) -> bool:
+        return not prompt_text.rstrip().endswith(self.closing)
+
+
+class MistralThinkFormat(ThinkFormat):
+    name = "mistral"
+    opening, closing = "[THINK]", "[/THINK]"
