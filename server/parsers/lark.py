@@ -20,7 +20,7 @@ ANY_TEXT = "ANY: /(?s:.*)/\n"
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Where one of these stands beside `properties`, closing the object could shut out what they ask for.
 _OPENING_KEYWORDS = frozenset(
-    {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "minProperties", "required"}
+    {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref", "if", "minProperties"}
 )
 
 
@@ -76,9 +76,9 @@ def with_options(schema: Mapping[str, Any], *, is_strict: bool) -> dict[str, Any
 
 
 def _may_close(schema: Mapping[str, Any], properties: Mapping[str, Any]) -> bool:
-    if set(schema.get("required") or ()) - properties.keys():
-        return False
-    return not (_OPENING_KEYWORDS - {"required"}) & schema.keys()
+    required = schema.get("required", [])
+    knows_required = isinstance(required, list) and all(isinstance(key, str) and key in properties for key in required)
+    return knows_required and not _OPENING_KEYWORDS & schema.keys()
 
 
 def calls(tools: Sequence[FunctionTool], write: Callable[[FunctionTool, str], str]) -> str:

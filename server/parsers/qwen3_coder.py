@@ -100,7 +100,7 @@ class _CallReader:
 
 def _read_parameter(tape: Tape, properties: Mapping[str, Any]) -> Reading[None]:
     """What follows `<parameter=`, up to where the next parameter or the end of the function begins."""
-    key = yield from tape.read_name()
+    key = yield from tape.read_name(before=">")
     yield from tape.expect(">")
     yield from tape.take("\n")
     kinds = _kinds(properties.get(key))
@@ -174,12 +174,12 @@ def _refuse_constant(name: str) -> None:
 
 def _call_rules(tool: FunctionTool, name: str) -> list[str]:
     """A function's rule and those of its parameters, which come in the schema's order."""
-    required = set(tool.parameters.get("required") or ())
+    required = tool.parameters.get("required")
     definitions: dict[str, Any] = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
     rules, parts = [], []
     for index, (key, schema) in enumerate(_properties(tool).items()):
         parameter = f"{name}_{index}"
-        parts.append(parameter if key in required else f"{parameter}?")
+        parts.append(parameter if isinstance(required, list) and key in required else f"{parameter}?")
         opening = lark.quoted(f"{_PARAMETER}{key}>\n")
         rules += _parameter_rules(parameter, opening, schema, definitions, tool.strict)
     opening = lark.quoted(f"{_FUNCTION}{tool.name}>\n")
@@ -195,10 +195,10 @@ def _parameter_rules(name: str, opening: str, schema: Any, definitions: Mapping[
     if "const" in given or "enum" in given:
         values = [given["const"]] if "const" in given else given["enum"]
         return [f"{name}: {opening} ({' | '.join(map(lark.quoted, values))}) {end}"]
-    lengths = f" & /(?s:.{{{given.get('minLength', 0)},{given.get('maxLength', '')}}})/" if _has_length(given) else ""
     terminal = f"{name.upper()}_VALUE"
-    return [f"{name}: {opening} {name}_value", f"{name}_value[lazy]: {terminal} {end}", f"{terminal}: VALUE{lengths}"]
+    return [f"{name}: {opening} {name}_value", f"{name}_value[lazy]: {terminal} {end}", f"{terminal}: VALUE{_lengths(given)}"]
 
 
-def _has_length(schema: Mapping[str, Any]) -> bool:
-    return "minLength" in schema or "maxLength" in schema
+def _lengths(schema: Mapping[str, Any]) -> str:
+    least, most = (value if type(value) is int and value >= 0 else "" for value in map(schema.get, ("minLength", "maxLength")))
+    return "" if least == most == "" else f" & /(?s:.{{{least or 0},{most}}})/"

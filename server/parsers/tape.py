@@ -96,12 +96,15 @@ class Tape:
         if not (yield from self.take(literal)):
             raise Broken
 
-    def read_name(self) -> Reading[str]:
-        """A function's name that stands by itself, without quotes. Raises Broken where there is none."""
+    def read_name(self, *, before: str = "") -> Reading[str]:
+        """A function's name that stands by itself, without quotes; or all of a line before the character `before`.
+
+        Raises Broken where there is none.
+        """
         name = ""
         while (yield from self.more()) and len(name) <= _MAX_NAME_CHARS:
             char = self.text[self.position]
-            if not (char.isalnum() or char in "_-./:"):
+            if (char in (before, "\n")) if before else not (char.isalnum() or char in "_-./:"):
                 break
             name += char
             self.position += 1
