@@ -96,7 +96,7 @@ class Author:
         so_far = self._tokenizer.library.decode_bytes(self._output)
         in_string = re.sub(rb"\\.", b"", so_far).count(b'"') % 2
         text = "0" if text.isdecimal() else text  # which digit is left to chance
-        order = ['"', *"@.-0:a"] if in_string else ["}", "]", '"', ",", ":", "0", "null"]
+        order = ['"', *"@.-0:abDSWZ"] if in_string else ["}", "]", '"', ",", ":", "0", "null"]
         rank = -1 if token_id == EOS_ID else order.index(text) if text in order else len(order)
         return (min(rank, 1) if in_string and rank < len(order) else rank), self._rng.random()
 
