@@ -181,13 +181,13 @@ class Tokenizer:
         """`render_chat`, with its options, as ids."""
         return self.encode_rendered(self.render_chat(messages, **options))
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """A rendered conversation as ids. The template writes the special tokens, so the tokenizer adds none.
+    def encode_rendered(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """A rendered conversation as ids. The template writes the special tokens, so the tokenizer adds none by itself.
 
         Raises InvalidRequest (param "messages") for text with lone surrogates.
         """
         check_unicode(text, "messages")
-        return self._encode(text, False)
+        return self._encode(text, add_special_tokens)
 
     def has_template(self, name: str) -> bool:
         """Whether one of the model's templates has this name."""

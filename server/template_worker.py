@@ -137,7 +137,7 @@ class TemplateWorker:
             timer.cancel()
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def template_worker() -> TemplateWorker:
     """This frontend's one."""
     return TemplateWorker()

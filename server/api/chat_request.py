@@ -10,7 +10,7 @@ from pydantic import Field, WithJsonSchema, field_validator
 from engine.errors import InvalidRequest
 from engine.sampling_params import MAX_LOGPROBS
 from server.api.body import RequestBody, json_type
-from server.api.conversation import Conversation
+from server.api.conversation import MAX_MESSAGES, Conversation
 from server.api.sampling import GenerationRequest, Integer, check_logprobs
 from server.api.tools import ChatTool, GivenToolChoice, choose_tools, function_tools
 
@@ -72,6 +72,12 @@ class ChatRequest(GenerationRequest):
         **GenerationRequest.UNSUPPORTED,
         "functions": ([],),
         "function_call": ("none", "auto"),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "parse_tool_calls": (True,),
+        "reasoning_format": ("auto", "deepseek"),
+        "thinking_budget_tokens": (-1,),
+        "thinking_token_budget": (),
         "modalities": (["text"],),
         "audio": (),
         "moderation": (),
@@ -80,7 +86,7 @@ class ChatRequest(GenerationRequest):
     }
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = GenerationRequest.WITHOUT_EFFECT | {"verbosity"}
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Integer | None = None
     logprobs: bool = False
     top_logprobs: Integer | None = None
@@ -91,6 +97,7 @@ class ChatRequest(GenerationRequest):
     include_reasoning: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = False
     echo: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
@@ -100,7 +107,7 @@ class ChatRequest(GenerationRequest):
     @classmethod
     def _check_contents(cls, value: object) -> object:
         """Contents are checked here, where their place is known."""
-        if not isinstance(value, list):
+        if not isinstance(value, list) or len(value) > MAX_MESSAGES:
             return value
         return [
             {**message, "content": _checked_content(message["content"], message.get("role"), f"messages[{index}].content")}
@@ -124,6 +131,7 @@ class ChatRequest(GenerationRequest):
             include_reasoning=self.include_reasoning,
             add_generation_prompt=self.add_generation_prompt if given else not self.continue_final_message,
             continue_final_message=self.continue_final_message,
+            add_special_tokens=self.add_special_tokens,
             chat_template=self.chat_template,
             template_kwargs=self.template_kwargs(),
             max_tokens=max_tokens,

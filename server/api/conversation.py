@@ -42,6 +42,8 @@ from server.template_worker import template_worker
 
 # How a template that knows no tools gets them described, and so how the model is asked to call them.
 DEFAULT_TOOL_FORMAT = "hermes"
+# Templates may be slow beyond proportion, and look at all messages for each one.
+MAX_MESSAGES = 8192
 
 
 class NamedFunction(msgspec.Struct, frozen=True):
@@ -57,9 +59,10 @@ class Conversation(msgspec.Struct, kw_only=True):
     """What is asked of the model, checked by the endpoint.
 
     messages: as chat templates take them. tools: those that may be called; `tool_choice` names one of them, or is "none" or
-    "auto" where there are none. structured: what the answer must look like; calls are exempt from it. chat_template: the name
-    of one of the model's templates, or template text. max_tokens: asked for in the field max_tokens_param; None for all that
-    is left of the context. include_reasoning: False leaves Reasoning out.
+    "auto" where there are none. structured: what the answer must look like; calls are exempt from it. include_reasoning: False
+    leaves Reasoning out. add_special_tokens: beside those that the template writes. chat_template: the name of one of the
+    model's templates, or template text. max_tokens: asked for in the field max_tokens_param; None for all that is left of the
+    context.
     """
 
     messages: list[dict[str, Any]]
@@ -70,6 +73,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     include_reasoning: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = False
     chat_template: str | None = None
     template_kwargs: dict[str, Any] = {}
     max_tokens: int | None = None
@@ -339,7 +343,11 @@ async def prompt_tokens(state: ServerState, conversation: Conversation) -> list[
 async def _tokenize(state: ServerState, conversation: Conversation, formats: _Formats) -> tuple[str, list[int]]:
     """The prompt's text and ids. Raises InvalidRequest for what the template refuses, and for a prompt that comes out empty."""
     tokenizer = state.client.tokenizer
-    tools = conversation.callable_tools
+    if len(conversation.messages) > MAX_MESSAGES:
+        raise InvalidRequest(
+            f"messages may hold at most {MAX_MESSAGES} messages, got {len(conversation.messages)}.", param="messages"
+        )
+    tools, adds = conversation.callable_tools, conversation.add_special_tokens
     job = tokenizer.chat_job(
         conversation.messages,
         tools=[template_tool(tool) for tool in tools],
@@ -350,10 +358,10 @@ async def _tokenize(state: ServerState, conversation: Conversation, formats: _Fo
         tool_block=formats.tool_block,
     )
     if _is_own(conversation.chat_template, tokenizer):
-        text, token_ids = await in_thread_if_long(conversation.num_chars, lambda: _render_and_encode(job, tokenizer))
+        text, token_ids = await in_thread_if_long(conversation.num_chars, lambda: _render_and_encode(job, tokenizer, adds))
     else:
         text = await template_worker().render(job)
-        token_ids = await in_thread_if_long(len(text), lambda: tokenizer.encode_rendered(text))
+        token_ids = await in_thread_if_long(len(text), lambda: tokenizer.encode_rendered(text, add_special_tokens=adds))
     if not token_ids:
         raise InvalidRequest("messages come out empty from the chat template.", param="messages", code="empty_prompt")
     return text, token_ids
@@ -364,9 +372,9 @@ def _is_own(chat_template: str | None, tokenizer: Tokenizer) -> bool:
     return chat_template is None or tokenizer.has_template(chat_template)
 
 
-def _render_and_encode(job: ChatJob, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+def _render_and_encode(job: ChatJob, tokenizer: Tokenizer, add_special_tokens: bool) -> tuple[str, list[int]]:
     text = job.render()
-    return text, tokenizer.encode_rendered(text)
+    return text, tokenizer.encode_rendered(text, add_special_tokens=add_special_tokens)
 
 
 def template_tool(tool: FunctionTool) -> dict[str, Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from engine.sampling_params import StructuredSpec
+from server.api.conversation import MAX_MESSAGES
 from tests.server.conftest import Api, events
 from tests.server.fake_client import byte_tokenizer
 from tests.server.test_chat_tools import prompt_text, with_template
@@ -218,6 +220,22 @@ def test_request_id(api: Api, stream: bool) -> None:
     response = api.chat(request_id="mine", stream=stream)
     chunks = events(response) if stream else [response.json()]
     assert {chunk["id"] for chunk in chunks} == {"chatcmpl-mine"}
+
+
+def test_special_tokens_beside_those_of_the_template(api: Api) -> None:
+    backend = api.client.tokenizer._backend
+    backend.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 256)])
+    for adds in (False, True):
+        assert api.chat(add_special_tokens=adds).status_code == 200
+        assert (api.client.prompts[-1][0] == 256) == adds
+
+
+def test_there_may_be_too_many_messages(api: Api) -> None:
+    message = {"role": "user", "content": ""}
+    assert chat(api, [message] * MAX_MESSAGES, truncate_prompt_tokens=4).status_code == 200
+    response = chat(api, [message] * (MAX_MESSAGES + 1), truncate_prompt_tokens=4)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+    assert chat(api, []).json()["error"]["param"] == "messages"
 
 
 def test_a_model_without_a_template_takes_the_requests(api: Api) -> None:

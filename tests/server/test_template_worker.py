@@ -174,6 +174,7 @@ def test_the_models_own_template_is_rendered_here(api: Api, monkeypatch: pytest.
     monkeypatch.setattr("server.api.conversation.template_worker", fail)
     assert api.chat().status_code == 200
     assert api.chat(chat_template="default").status_code == 200
+    assert api.chat(chat_template="x").status_code == 500
 
 
 def test_the_process_is_light() -> None:
