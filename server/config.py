@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from engine.config import (
     DEVICES,
@@ -33,6 +33,7 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.errors import ConfigError
+from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS
 
 CONFIGS_DIR = Path(__file__).parent.parent / "configs"
 ENV_PREFIX = "OCTAVO_"
@@ -99,8 +100,8 @@ class ServerConfig(BaseModel):
     )
     chat_template: str | None = _setting(None, "model", "a Jinja file, or the template itself, instead of the model's own")
     generation_config: Literal["auto", "none"] = _setting("auto", "model", "none ignores the model's own sampling defaults")
-    tool_parser: str = _setting("auto", "model", "format of the model's tool calls, auto (by the chat template) or none")
-    reasoning_parser: str = _setting("auto", "model", "format of the model's reasoning, auto (by the chat template) or none")
+    tool_parser: str = _setting("auto", "model", f"format of tool calls: auto (by template), none, {', '.join(TOOL_FORMATS)}")
+    reasoning_parser: str = _setting("auto", "model", f"format of reasoning: auto, none, {', '.join(REASONING_FORMATS)}")
     embedding_pooling: Literal["mean", "last"] = _setting("mean", "model", "mean or last: which tokens make an embedding")
 
     host: str = _setting("127.0.0.1", "server", "address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 lets others in")
@@ -128,6 +129,14 @@ class ServerConfig(BaseModel):
     cpu_memory_share: Number = _setting(0.30, "KV cache", "on a CPU, share of the memory left after the weights")
     kv_cache_memory_bytes: Count | None = _setting(None, "KV cache", "bytes for pages (4G = 4 GiB) instead of a share")
     num_kv_blocks: Count | None = _setting(None, "KV cache", "number of pages instead of any size")
+
+    @field_validator("tool_parser", "reasoning_parser")
+    @classmethod
+    def _known_format(cls, name: str, info: ValidationInfo) -> str:
+        known = ["auto", "none", *(TOOL_FORMATS if info.field_name == "tool_parser" else REASONING_FORMATS)]
+        if name not in known:
+            raise ValueError(f"must be one of {', '.join(known)}{nearest(name, known)}")
+        return name
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -48,51 +48,61 @@ FILL_IN_THE_MIDDLE = (
 
 
 async def read_prompts(
-    given: object, tokenizer: Tokenizer, ready: EngineReady, *, suffix: str, add_special_tokens: bool
+    given: object,
+    tokenizer: Tokenizer,
+    ready: EngineReady,
+    *,
+    add_special_tokens: bool,
+    suffix: str = "",
+    param: str = "prompt",
+    hint: str = "",
 ) -> list[PromptTokens]:
-    """Every prompt of the field `prompt`. A text that is long in all is tokenized in a thread. Raises InvalidRequest."""
+    """Every prompt of the field `param`. A text that is long in all is tokenized in a thread. Raises InvalidRequest.
+
+    hint: what is added to the error about ids outside the vocabulary.
+    """
     single = isinstance(given, str) or (isinstance(given, list) and bool(given) and not isinstance(given[0], str | list))
     prompts = [given] if single else given
     if not isinstance(prompts, list) or not prompts:
         got = "an empty array" if prompts == [] else json_type(given)
-        raise InvalidRequest(f"prompt must be a string, token ids, or an array of either, got {got}.", param="prompt")
+        raise InvalidRequest(f"{param} must be a string, token ids, or an array of either, got {got}.", param=param)
     if len(prompts) > MAX_PROMPTS:
-        raise InvalidRequest(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", param="prompt")
-    names = ["prompt"] if single else [f"prompt[{index}]" for index in range(len(prompts))]
+        raise InvalidRequest(f"{param} may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", param=param)
+    names = [param] if single else [f"{param}[{index}]" for index in range(len(prompts))]
     for prompt, name in zip(prompts, names, strict=True):
-        _check_prompt(prompt, name, first=prompts[0], suffix=suffix)
+        _check_prompt(prompt, name, param, first=prompts[0], suffix=suffix)
 
     def encode(text: str) -> list[int]:
         if suffix:
             return _fill_in_the_middle(tokenizer, text, suffix, add_special_tokens=add_special_tokens)
         return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
-    num_chars = sum(len(prompt) + len(suffix) for prompt in prompts if isinstance(prompt, str))
-    if num_chars:
+    if isinstance(prompts[0], str):
+        num_chars = sum(len(prompt) + len(suffix) for prompt in prompts)
         encoded = await in_thread_if_long(num_chars, lambda: [PromptTokens(encode(text), text) for text in prompts])
     else:
         encoded = [PromptTokens(token_ids, None) for token_ids in prompts]
     for tokens, name in zip(encoded, names, strict=True):
         if not tokens.token_ids:
-            raise InvalidRequest(f"{name} is empty; give at least one token.", param="prompt", code="empty_prompt")
-        check_vocabulary(tokens.token_ids, ready.vocab_size, "prompt")
+            raise InvalidRequest(f"{name} is empty; give at least one token.", param=param, code="empty_prompt")
+        check_vocabulary(tokens.token_ids, ready.vocab_size, param, hint)
     return encoded
 
 
-def _check_prompt(prompt: object, name: str, *, first: object, suffix: str) -> None:
+def _check_prompt(prompt: object, name: str, param: str, *, first: object, suffix: str) -> None:
     if type(prompt) is not type(first):
-        raise InvalidRequest(f"{name} is {json_type(prompt)}, prompt[0] {json_type(first)}: use one.", param="prompt")
+        raise InvalidRequest(f"{name} is {json_type(prompt)}, {param}[0] {json_type(first)}: use one.", param=param)
     if isinstance(prompt, str):
         if not prompt and not suffix:
-            raise InvalidRequest(f"{name} is empty; give at least one token.", param="prompt", code="empty_prompt")
+            raise InvalidRequest(f"{name} is empty; give at least one token.", param=param, code="empty_prompt")
         return
     if not isinstance(prompt, list):
-        raise InvalidRequest(f"{name} must be a string or an array of token ids, got {json_type(prompt)}.", param="prompt")
+        raise InvalidRequest(f"{name} must be a string or an array of token ids, got {json_type(prompt)}.", param=param)
     if suffix:
         raise InvalidRequest("suffix needs the prompt as text, got token ids.", param="suffix")
-    wrong = next((item for item in prompt if type(item) is not int), None)
-    if wrong is not None or None in prompt:
-        raise InvalidRequest(f"{name} must hold integers only, got {json_type(wrong)} among them.", param="prompt")
+    wrong = next((json_type(item) for item in prompt if type(item) is not int), None)
+    if wrong is not None:
+        raise InvalidRequest(f"{name} must hold integers only, got {wrong} among them.", param=param)
 
 
 def _fill_in_the_middle(tokenizer: Tokenizer, prefix: str, suffix: str, *, add_special_tokens: bool) -> list[int]:

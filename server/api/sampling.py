@@ -238,11 +238,12 @@ def _bad_word_ids(words: Sequence[str], tokenizer: Tokenizer) -> list[tuple[int,
     return [ids for ids in sequences if len(ids) == 1 or ids[-1] not in single]
 
 
-def check_vocabulary(token_ids: list[int], vocab_size: int, param: str) -> None:
-    """Raises InvalidRequest for an id that the model has no token for."""
+def check_vocabulary(token_ids: list[int], vocab_size: int, param: str, hint: str = "") -> None:
+    """Raises InvalidRequest for an id that the model has no token for. hint: what the message ends with."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
-        raise InvalidRequest(f"{param} holds token id {wrong}; ids are 0 to {vocab_size - 1}.", param=param)
+        message = f"{param} holds token id {wrong}; ids are 0 to {vocab_size - 1}."
+        raise InvalidRequest(f"{message} {hint}".rstrip(), param=param)
 
 
 def truncate_prompt(
