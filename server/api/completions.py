@@ -48,6 +48,8 @@ class CompletionRequest(GenerationRequest):
     @property
     def num_generated(self) -> int:
         """Choices to generate for each prompt, of which `n` are returned. Raises InvalidRequest."""
+        if not 1 <= self.n <= MAX_N:
+            raise InvalidRequest(f"n must be between 1 and {MAX_N}, got {self.n}.", param="n")
         if self.best_of is None:
             return self.n
         if not self.n <= self.best_of <= MAX_N:

@@ -1,4 +1,4 @@
-"""What completions and chat have in common in a request: the sampling fields, and how they become SamplingParams."""
+"""What completions, chat and responses have in common in a request: the sampling fields, and how they become SamplingParams."""
 
 from __future__ import annotations
 

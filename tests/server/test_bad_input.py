@@ -110,6 +110,8 @@ def test_malformed_json(api: Api, path: str, content: bytes) -> None:
         ({"prompt": "a", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
         ({"prompt": "a", "best_of": 0}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "n": 0}, "n"),
+        ({"prompt": "a", "best_of": 2, "n": -1}, "n"),
         ({"prompt": "a", "best_of": 129}, "best_of"),
         ({"prompt": "a", "suffix": 5}, "suffix"),
         ({"prompt": "a", "typical_p": 0}, "typical_p"),
