@@ -154,7 +154,6 @@ class _State:
     def finish(self, words: Words) -> None:
         """Make what the library says what the sampler is told. Raises RequestFailed."""
         self.check()
-        words &= self.tokenizer.known
         if self._ends_late and (words & ~self.tokenizer.eos).any():
             words &= ~self.tokenizer.eos
 
@@ -233,9 +232,10 @@ class MaskMaker:
         allowed: dict[int, Words] = {}
         if not states:
             return allowed
-        num_words = next(iter(states.values())).tokenizer.num_words
-        words = np.empty((len(states), num_words), dtype=np.int32)
+        tokenizer = next(iter(states.values())).tokenizer
+        words = np.empty((len(states), tokenizer.num_words), dtype=np.int32)
         self._fill([state.matcher for state in states.values()], words)
+        words &= tokenizer.known
         for (row, state), row_words in zip(states.items(), words, strict=True):
             try:
                 state.finish(row_words)
