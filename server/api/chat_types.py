@@ -94,6 +94,6 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     created: int
     model: str
     choices: list[ChunkChoice]
-    usage: Usage | Unset | None
+    usage: Usage | Unset | None = UNSET
     prompt_logprobs: PromptLogprobs | Unset = UNSET
     prompt_token_ids: list[int] | Unset = UNSET

@@ -237,7 +237,7 @@ class _Reader:
             return self._num_tokens if self._has_reasoned and delta.finish_reason is not None else 0
         num_chars = sum(len(part.text) for part in answer if not isinstance(part, CallStart))
         share = 1 - min(num_chars / max(len(delta.text), 1), 1)
-        return self._num_tokens + int(share * len(delta.token_ids)) if self._has_reasoned else 0
+        return self._num_tokens + round(share * len(delta.token_ids)) if self._has_reasoned else 0
 
 
 class _Formats(msgspec.Struct):

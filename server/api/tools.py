@@ -106,6 +106,9 @@ def _check_parameters(tool: FunctionTool, param: str) -> None:
     properties = tool.parameters.get("properties", {})
     if not isinstance(properties, Mapping):
         raise InvalidRequest(f"{param}.properties must be an object, got {json_type(properties)}.", param=f"{param}.properties")
+    required = tool.parameters.get("required", [])
+    if not isinstance(required, list) or any(not isinstance(name, str) for name in required):
+        raise InvalidRequest(f"{param}.required must be an array of strings.", param=f"{param}.required")
     if tool.strict:
         checked_schema(tool.parameters, param)
 

@@ -258,6 +258,7 @@ def bad_tools() -> Iterator[tuple[dict[str, Any], str]]:
         ({"type": "string"}, ""),
         ({"type": ["object", "null"]}, ""),
         ({"type": "object", "properties": []}, ".properties"),
+        ({"type": "object", "required": [{"a": 1}]}, ".required"),
         (7, ""),
     ):
         tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
