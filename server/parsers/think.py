@@ -39,7 +39,8 @@ class ThinkFormat:
             return
         if (yield from tape.peek()) == self.opening[0]:
             yield from tape.take(self.opening)  # once more, after the template's
-        yield from self._read_to(tape, self.closing, {self.closing, *self._dropped}, Reasoning)
+        if not (yield from self._read_to(tape, self.closing, {self.closing, *self._dropped}, Reasoning)):
+            return
         tape.pass_marker()
         yield from self._read_to(tape, None, shown, Content)
 
