@@ -18,7 +18,7 @@ from engine.errors import OctavoError
 from server import errors, openapi
 from server.access import Access
 from server.admission import Admission
-from server.api import chat, completions, health, models
+from server.api import chat, completions, embeddings, health, models, responses, tokenize
 from server.config import ServerConfig
 from server.metrics import Metrics
 from server.state import ServerState
@@ -30,7 +30,15 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     """The application. It may be served before the engine is ready: requests get a 503 that says how far it is."""
     state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats))
     app = FastAPI(title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
-    for module in (completions, chat, models, health):  # tried in this order, so the busy ones first
+    for module in (
+        completions,
+        chat,
+        responses,
+        embeddings,
+        tokenize,
+        models,
+        health,
+    ):  # tried in this order, so the busy ones first
         app.include_router(module.router(state))
     app.add_middleware(Admission, limit=config.max_open_requests)
     app.add_middleware(Access, api_keys=config.api_key)  # added last, so asked first: strangers are not counted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from fastapi import FastAPI
@@ -19,12 +19,18 @@ from pydantic import BaseModel
 from engine.sampling_params import MAX_SEED
 from server.access import REQUEST_ID_HEADER
 from server.api.body import IGNORED_FIELDS_HEADER
-from server.api.chat import ChatChunk, ChatCompletion, ChatRequest
+from server.api.chat_request import ChatRequest
+from server.api.chat_types import ChatChunk, ChatCompletion
 from server.api.completions import Completion, CompletionRequest
+from server.api.embeddings import EmbeddingList, EmbeddingRequest
 from server.api.health import Health, Version
 from server.api.models import ModelCard, ModelList
+from server.api.responses import InputTokens
+from server.api.responses_request import ResponseRequest
+from server.api.responses_types import DeletedResponse, Event, ItemList, ResponseObject
+from server.api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from server.openapi_examples import ANSWERS, REQUESTS, STREAMS
-from server.openapi_fields import FIELDS
+from server.openapi_fields import FIELDS, TYPES
 
 OPENAPI_VERSION = "3.2.0"
 DESCRIPTION = """\
@@ -34,6 +40,7 @@ server-sent events whose `data` is JSON."""
 
 _REF = "#/components/schemas/{}"
 _NULL = {"type": "null"}
+_DONE = "[DONE]"
 ERROR = "Error"
 _ERROR_SCHEMA = {
     "type": "object",
@@ -60,6 +67,7 @@ _ERROR_SCHEMA = {
         }
     },
 }
+_READS = (400, 401, 404, 413, 429, 503)
 _GENERATES = (400, 401, 404, 413, 429, 500, 503)
 
 
@@ -89,6 +97,37 @@ OPERATIONS: dict[str, Operation] = {
     "POST /v1/chat/completions": Operation(
         "createChatCompletion", "Answer a conversation", ChatCompletion, ChatRequest, (ChatChunk,), errors=_GENERATES
     ),
+    "POST /v1/responses": Operation(
+        "createResponse",
+        "Answer input items",
+        ResponseObject,
+        ResponseRequest,
+        get_args(Event),
+        done=False,
+        errors=_GENERATES,
+    ),
+    "POST /v1/responses/input_tokens": Operation(
+        "countResponseInputTokens",
+        "Count the tokens of input items",
+        InputTokens,
+        ResponseRequest,
+        errors=_READS,
+    ),
+    "GET /v1/responses/{response_id}": Operation(
+        "getResponse", "Look a stored response up", ResponseObject, errors=(400, 401, 404)
+    ),
+    "DELETE /v1/responses/{response_id}": Operation(
+        "deleteResponse", "Forget a stored response", DeletedResponse, errors=(401, 404)
+    ),
+    "POST /v1/responses/{response_id}/cancel": Operation(
+        "cancelResponse", "Refused: no response runs in the background", ResponseObject, errors=(400, 401, 404)
+    ),
+    "GET /v1/responses/{response_id}/input_items": Operation(
+        "listInputItems", "List what a stored response was made from", ItemList, errors=(400, 401, 404)
+    ),
+    "POST /v1/embeddings": Operation("createEmbedding", "Vectors of texts", EmbeddingList, EmbeddingRequest, errors=_GENERATES),
+    "POST /tokenize": Operation("tokenize", "Texts to token ids", TokenizeAnswer, TokenizeRequest, errors=_READS),
+    "POST /detokenize": Operation("detokenize", "Token ids to text", DetokenizeAnswer, DetokenizeRequest, errors=_READS),
     "GET /v1/models": Operation("listModels", "List the served names", ModelList),
     "GET /v1/models/{name}": Operation("retrieveModel", "Look a name up", ModelCard, errors=(401, 404)),
     "GET /health": Operation("getHealth", "Whether requests are taken", Health, errors=(), also=(503,), needs_key=False),
@@ -113,6 +152,10 @@ _HEADERS = {
     "WWW-Authenticate": "How to authenticate: Bearer.",
 }
 
+_RESPONSE_LINKS = {
+    name: {"operationId": name, "parameters": {"response_id": "$response.body#/id"}}
+    for name in ("getResponse", "deleteResponse", "cancelResponse", "listInputItems")
+}
 _REQUEST_ID_PARAMETER = {
     "name": REQUEST_ID_HEADER,
     "in": "header",
@@ -162,6 +205,8 @@ def _complete(operation: dict[str, Any], known: Operation) -> None:
         **{str(status): {"description": _STATUS_TEXT[status], **good} for status in known.also},
         **{str(status): {"$ref": f"#/components/responses/{status}"} for status in known.errors},
     }
+    if known.answer is ResponseObject and known.request is not None:
+        operation["responses"]["200"]["links"] = _RESPONSE_LINKS
 
 
 def _answer(known: Operation) -> dict[str, Any]:
@@ -180,12 +225,12 @@ def _example(operation_id: str) -> dict[str, Any]:
 
 
 def _stream(known: Operation) -> dict[str, Any]:
-    """Each event's schema, as FastAPI writes it for its own streams, and a whole stream as an example."""
-    refs = [{"$ref": _REF.format(cls.__name__)} for cls in known.events]
-    data = {"type": "string", "contentMediaType": "application/json"}
-    data["contentSchema"] = refs[0] if len(refs) == 1 else {"anyOf": refs}  # type: ignore[assignment]
-    end = "; the last one is the text `[DONE]`" if known.done else ""
-    properties: dict[str, Any] = {"data": data | {"description": f"JSON of one event{end}. An error is an event too."}}
+    """Each event's schema, in the way of FastAPI's own streams, and a whole stream as an example."""
+    kinds = [{"$ref": _REF.format(cls.__name__)} for cls in known.events]
+    if known.done:  # the others have an event for errors of their own
+        kinds.append({"$ref": _REF.format(ERROR)})
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    properties: dict[str, Any] = {"data": {"anyOf": [{"const": _DONE}, data]} if known.done else data}
     if not known.done:
         properties["event"] = {"type": "string", "description": "The same as `type` in the data."}
     item = {"type": "object", "required": ["data"], "properties": properties}
@@ -224,7 +269,7 @@ def _describe(type_name: str, schema: dict[str, Any]) -> dict[str, Any]:
     for name, given in plain.get("properties", {}).items():
         words = {} if "description" in given else FIELDS.get(f"{type_name}.{name}", FIELDS.get(name, {}))
         plain["properties"][name] = _property(given, words, optional=name not in required)
-    return plain
+    return plain | TYPES.get(type_name, {})
 
 
 def _plain(schema: Any) -> Any:

@@ -52,6 +52,26 @@ REQUESTS: dict[str, dict[str, Any]] = {
             "max_completion_tokens": 20,
         },
     },
+    "createResponse": {
+        "a question": {"input": "What is the capital of France?", "max_output_tokens": 20},
+        "streamed": {"input": "Tell me a story.", "instructions": "Be brief.", "max_output_tokens": 20, "stream": True},
+        "a function to call": {"input": _QUESTION, "tools": [{"type": "function", **_WEATHER}], "max_output_tokens": 20},
+        "an answer that follows a schema": {
+            "input": "Invent a person.",
+            "text": {"format": {"type": "json_schema", "name": "person", "strict": True, "schema": _PERSON}},
+            "max_output_tokens": 20,
+        },
+    },
+    "countResponseInputTokens": {"a question": {"input": "What is the capital of France?"}},
+    "createEmbedding": {
+        "two texts": {"input": ["a cat", "the stock market"]},
+        "fewer dimensions, as base64": {"input": "a cat", "dimensions": 4, "encoding_format": "base64"},
+    },
+    "tokenize": {
+        "a text": {"prompt": "The sky is blue", "return_token_strs": True},
+        "a conversation": {"messages": [{"role": "user", "content": "Hi"}]},
+    },
+    "detokenize": {"token ids": {"tokens": [45, 2, 46]}},
 }
 
 ANSWERS: dict[str, Any] = {
@@ -92,6 +112,16 @@ ANSWERS: dict[str, Any] = {
             }
         ],
     },
+    "countResponseInputTokens": {"object": "response.input_tokens", "input_tokens": 37},
+    "deleteResponse": {"id": "resp_3f1c", "object": "response", "deleted": True},
+    "createEmbedding": {
+        "object": "list",
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
+        "model": _MODEL,
+        "usage": {"prompt_tokens": 2, "total_tokens": 2},
+    },
+    "tokenize": {"count": 2, "max_model_len": 8192, "tokens": [504, 6376], "token_strs": ["The", "Ġsky"]},
+    "detokenize": {"prompt": "The sky"},
     "getHealth": {"status": "ready", "detail": "The model is ready.", "progress": None},
     "getVersion": {"version": "0.1.0"},
 }
@@ -101,6 +131,14 @@ def _stream(head: dict[str, Any], choices: list[dict[str, Any]]) -> str:
     """Chunks that differ in their only choice, as they go over the wire."""
     chunks = [{**head, "created": 1790000000, "model": _MODEL, "choices": [{"index": 0, **choice}]} for choice in choices]
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
+_AT = {"item_id": "msg_3f1c", "output_index": 0, "content_index": 0}
+_RESPONSE_EVENTS: list[dict[str, Any]] = [
+    {"type": "response.output_text.delta", **_AT, "delta": "Paris", "logprobs": []},
+    {"type": "response.output_text.delta", **_AT, "delta": ".", "logprobs": []},
+    {"type": "response.output_text.done", **_AT, "text": "Paris.", "logprobs": []},
+]
 
 
 STREAMS: dict[str, str] = {
@@ -118,5 +156,9 @@ STREAMS: dict[str, str] = {
             {"delta": {"content": "Paris."}, "logprobs": None, "finish_reason": None},
             {"delta": {}, "logprobs": None, "finish_reason": "stop"},
         ],
+    ),
+    "createResponse": "".join(
+        f"event: {event['type']}\ndata: {json.dumps({**event, 'sequence_number': number})}\n\n"
+        for number, event in enumerate(_RESPONSE_EVENTS)
     ),
 }
