@@ -390,3 +390,21 @@ def test_the_format_is_the_templates(tools_api: Api) -> None:
     (call,) = tools_api.chat(tools=TOOLS).json()["choices"][0]["message"]["tool_calls"]
     assert call["function"] == {"name": "time", "arguments": "{}"}
     assert len(call["id"]) == 9 and call["id"].isalnum()  # Mistral's templates take no other ids
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_format_of_special_tokens_is_shown_them(tools_api: Api, stream: bool) -> None:
+    def message(script: str, **body: Any) -> dict[str, Any]:
+        say(tools_api, script)
+        response = tools_api.chat(stream=stream, **body)
+        assert tools_api.client.options[-1]["skip_special_tokens"] is False
+        found = joined(events(response), 0)["message"] if stream else response.json()["choices"][0]["message"]
+        return {key: value for key, value in without_ids(found).items() if key not in ("role", "refusal")}
+
+    with_template(tools_api, TEMPLATE.replace("<tool_call>", "<|channel|>"))
+    thoughts = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    call = {"id": "", "type": "function", "function": {"name": "time", "arguments": "{}"}}
+    said = message(f"{thoughts}<|channel|>commentary to=functions.time <|constrain|>json<|message|>{{}}<|call|>", tools=TOOLS)
+    assert said == {"content": None, "reasoning_content": "Hm.", "tool_calls": [call]}
+    said = message(f"{thoughts}<|channel|>final<|message|>Noon.")
+    assert said == {"content": "Noon.", "reasoning_content": "Hm.", "tool_calls": []}
