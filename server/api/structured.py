@@ -1,4 +1,4 @@
-"""What an answer must look like: OpenAI's `response_format` and vLLM's `structured_outputs`, and the StructuredSpec they ask for."""
+"""What an answer must look like: OpenAI's `response_format`, vLLM's `structured_outputs`, and the StructuredSpec of them."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def _as_lark(grammar: str, param: str) -> str:
     from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
     try:
-        return gbnf_to_lark(grammar)
+        lark: str = gbnf_to_lark(_without_unicode_escapes(grammar))
     except GbnfToLarkError as error:
         place = re.search(r"line \d+", str(error))
         where = f" in {place[0]}" if place else ""
@@ -222,3 +222,15 @@ def _as_lark(grammar: str, param: str) -> str:
     except Exception as error:  # the library raises a bare Exception for rules that are missing or there twice
         reason = re.sub(r"'[^']*'", "of that name", str(error)) if not isinstance(error, RecursionError) else "nested too deep"
         raise InvalidRequest(f"{param} is not valid GBNF: {reason}.", param=param) from None
+    check_unicode(lark, param)
+    return lark
+
+
+def _without_unicode_escapes(grammar: str) -> str:
+    """Characters beyond ASCII as themselves: the converter spoils their escapes."""
+
+    def replace(match: re.Match[str]) -> str:
+        code = int(match[1] or match[2], 16) if match[1] or match[2] else -1
+        return match[0] if not 0 <= code < 0x110000 else chr(code) if code >= 0x80 else f"\\x{code:02x}"
+
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", replace, grammar)
