@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from server.sse_client import EventParser
 
+DEFAULT_URL = "http://127.0.0.1:8000"
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_TIMEOUT_S = 600.0
 """A long prompt may keep a server busy for minutes before its first word; more is taken for a dead one."""
@@ -40,9 +41,9 @@ class ChatServer:
             parts = urlsplit(self.url)
             self._port = parts.port
         except ValueError:
-            raise ChatError(f"{url} is no URL; it must look like http://127.0.0.1:8000") from None
+            raise ChatError(f"{url} is no URL; it must look like {DEFAULT_URL}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ChatError(f"{url} is no URL; it must look like http://127.0.0.1:8000")
+            raise ChatError(f"{url} is no URL; it must look like {DEFAULT_URL}")
         self._host = parts.hostname
         self._is_tls = parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1")

@@ -149,14 +149,16 @@ class _Service:
 
     def _print_ready(self, ready: EngineReady) -> None:
         from server.api.health import curl_command
+        from server.chat_client import DEFAULT_URL
 
         for note in ready.notes:
             logger.info("%s", note)
         curl = curl_command(self._client, self._config, self._base_url)
         scope = " (this machine only; --host 0.0.0.0 lets others in)" if self._config.host == "127.0.0.1" else ""
-        print(
-            f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {curl}", file=sys.stderr, flush=True
-        )
+        where = "" if self._base_url == DEFAULT_URL else f" --url {self._base_url}"
+        chat = f"octavo chat{where}, or: " if self._client.tokenizer.has_chat_template else ""
+        line = f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {chat}{curl}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _age_s() -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from server.chat_client import ChatError, ChatServer
+from server.chat_client import DEFAULT_URL, ChatError, ChatServer
 from server.terminal import Terminal
 
 DESCRIPTION = """\
@@ -285,8 +285,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=124),
         allow_abbrev=False,
     )
-    url = "http://127.0.0.1:8000"
-    parser.add_argument("--url", "--base-url", dest="url", default=url, metavar="URL", help="where it is served [%(default)s]")
+    where = "where it is served [%(default)s]"
+    parser.add_argument("--url", "--base-url", dest="url", default=DEFAULT_URL, metavar="URL", help=where)
     parser.add_argument("--model", metavar="NAME", help="one of its models [the first of /v1/models]")
     parser.add_argument("--api-key", default="", metavar="KEY", help="[OCTAVO_API_KEY of the environment]")
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
