@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -286,6 +287,34 @@ def _with_partners(endpoint: str, path: str, value: object) -> dict[str, Any]:
     if endpoint == "tokenize" and path in ("reasoning_effort", "chat_template"):
         body = {"messages": [USER], path: value}
     return body
+
+
+# Of a field that has a bound on its length: a value of that length.
+OF_LENGTH: dict[str, Callable[[int], Any]] = {
+    "stop": lambda n: [f"{index:04}" for index in range(n)],
+    "stop_token_ids": lambda n: [65] * n,
+    "bad_words": lambda n: [f"{index:04}" for index in range(n)],
+    "prompt": lambda n: ["a"] * n,
+    "input": lambda n: ["a"] * n,
+    "cache_salt": lambda n: "a" * n,
+    "messages": lambda n: [USER] * n,
+}
+LENGTHS = [
+    key for key in cases("done") if re.match(r"(a text, or |1 )?(up )?to [\d,]+ ?", ROWS[key].range) and key[1] in OF_LENGTH
+]
+
+
+@pytest.mark.parametrize(("endpoint", "path"), LENGTHS)
+def test_lengths(endpoint: str, path: str) -> None:
+    (bound,) = re.findall(r"to ([\d,]+)", ROWS[endpoint, path].range)[:1]
+    length = int(bound.replace(",", ""))
+    response = try_value(endpoint, path, OF_LENGTH[path](length))
+    assert response.status_code == 200 or response.json()["error"]["code"] == "context_length_exceeded", response.text
+    assert param_of(try_value(endpoint, path, OF_LENGTH[path](length + 1))) == path
+
+
+def test_the_lengths_that_are_tried() -> None:
+    assert {path for _, path in LENGTHS} == OF_LENGTH.keys()
 
 
 DEFAULTS = [key for key in cases("done") if re.fullmatch(r"(the model's, else )?`[^`]+`", ROWS[key].default)]
