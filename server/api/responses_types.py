@@ -163,7 +163,7 @@ class ResponseEvent(msgspec.Struct):
 
     type: Literal["response.created", "response.in_progress"] | LastEvent
     response: ResponseObject
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class ItemEvent(msgspec.Struct):
@@ -172,7 +172,7 @@ class ItemEvent(msgspec.Struct):
     type: Literal["response.output_item.added", "response.output_item.done"]
     output_index: int
     item: OutputItem
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class PartEvent(msgspec.Struct):
@@ -183,7 +183,7 @@ class PartEvent(msgspec.Struct):
     output_index: int
     content_index: int
     part: OutputText | ReasoningText
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class TextDelta(msgspec.Struct):
@@ -193,7 +193,7 @@ class TextDelta(msgspec.Struct):
     delta: str
     logprobs: list[ChatTokenLogprob]
     type: Literal["response.output_text.delta"] = "response.output_text.delta"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class TextDone(msgspec.Struct):
@@ -203,7 +203,7 @@ class TextDone(msgspec.Struct):
     text: str
     logprobs: list[ChatTokenLogprob]
     type: Literal["response.output_text.done"] = "response.output_text.done"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class ReasoningDelta(msgspec.Struct):
@@ -212,7 +212,7 @@ class ReasoningDelta(msgspec.Struct):
     content_index: int
     delta: str
     type: Literal["response.reasoning_text.delta"] = "response.reasoning_text.delta"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class ReasoningDone(msgspec.Struct):
@@ -221,7 +221,7 @@ class ReasoningDone(msgspec.Struct):
     content_index: int
     text: str
     type: Literal["response.reasoning_text.done"] = "response.reasoning_text.done"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class ArgumentsDelta(msgspec.Struct):
@@ -229,7 +229,7 @@ class ArgumentsDelta(msgspec.Struct):
     output_index: int
     delta: str
     type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class ArgumentsDone(msgspec.Struct):
@@ -237,7 +237,7 @@ class ArgumentsDone(msgspec.Struct):
     output_index: int
     arguments: str
     type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 class ErrorEvent(msgspec.Struct):
@@ -245,7 +245,7 @@ class ErrorEvent(msgspec.Struct):
     code: str | None
     param: str | None
     type: Literal["error"] = "error"
-    sequence_number: int = -1
+    sequence_number: int = 0
 
 
 Event: TypeAlias = (
