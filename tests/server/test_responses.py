@@ -218,6 +218,7 @@ def test_logprobs() -> None:
         ("ignore_eos", True, "ignore_eos", True),
         ("stop_token_ids", [65], "stop_token_ids", (65,)),
         ("allowed_token_ids", [65], "allowed_token_ids", (65,)),
+        ("bad_words", ["!"], "bad_words", ((0,),)),
     ],
 )
 def test_sampling(field: str, value: Any, name: str, seen: Any) -> None:
