@@ -13,8 +13,9 @@ from engine.attention.triton import TritonBackend
 from engine.config import ModelConfig
 from engine.core import EngineCore
 from engine.fusion import fuse
+from engine.grammar_compiler import GrammarCompiler, GrammarSetup
 from engine.kv_cache_manager import KVCacheManager
-from engine.messages import AddRequest
+from engine.messages import AddRequest, RequestOutput
 from engine.model_loader import LoadedModel, load_model
 from engine.model_runner import ModelRunner
 from engine.sampling_params import SamplingParams
@@ -36,16 +37,26 @@ class Engine:
         self, prompts: list[list[int]], sampling: SamplingParams, aborted: frozenset[int] = frozenset()
     ) -> list[list[int]]:
         """Output tokens of all prompts, queued together; those of `aborted` are ended after their third token."""
-        tokens: dict[str, list[int]] = {f"r{i}": [] for i in range(len(prompts))}
-        for i, prompt in enumerate(prompts):
-            self.core.add(AddRequest(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling))
-        while self.core.has_work:
+        messages = [
+            AddRequest(request_id=f"r{i}", prompt_token_ids=prompt, sampling=sampling) for i, prompt in enumerate(prompts)
+        ]
+        outputs = self.run(messages, frozenset(f"r{i}" for i in aborted))
+        return [[token_id for output in outputs[f"r{i}"] for token_id in output.token_ids] for i in range(len(prompts))]
+
+    def run(self, messages: list[AddRequest], aborted: frozenset[str] = frozenset()) -> dict[str, list[RequestOutput]]:
+        """All outputs by request, queued together (those with a grammar once that is compiled)."""
+        outputs: dict[str, list[RequestOutput]] = {message.request_id: [] for message in messages}
+        for message in messages:
+            self.core.add(message)
+        while self.core.has_work or self.core.is_compiling:
+            for request_id, error in self.core.take_compiled():
+                assert error is None, (request_id, error)
             for output in self.core.step():
-                tokens[output.request_id].extend(output.token_ids)
-                if int(output.request_id[1:]) in aborted and len(tokens[output.request_id]) == 3:
+                outputs[output.request_id].append(output)
+                if output.request_id in aborted and output.first_token_index == 2:
                     self.core.abort(output.request_id)
             self.core.check_integrity()
-        return [tokens[f"r{i}"] for i in range(len(prompts))]
+        return outputs
 
     def forced_logits(self, sequences: list[list[int]], chunk: int) -> list[torch.Tensor]:
         """float32 logits [positions, V] by sequence, from position chunk - 1 on: the first `chunk` tokens in two steps, so that
@@ -125,5 +136,12 @@ def build(
         runner.warm_up()
     kv_cache = KVCacheManager(groups, [blocks] * len(groups), block_size=block_size, max_step_tokens=2 * budget)
     scheduler = Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=max_model_len)
-    core = EngineCore(scheduler, runner, vocab_size=loaded.vocab_size, eos_token_ids=frozenset(), pipeline_depth=1)
+    core = EngineCore(
+        scheduler,
+        runner,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=frozenset(),
+        pipeline_depth=1,
+        grammars=GrammarCompiler(GrammarSetup(str(folder), loaded.vocab_size, [])),
+    )
     return Engine(loaded, backend, runner, core, block_size)

@@ -10,17 +10,19 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.messages import AddRequest, Pooling
 from engine.sampling_params import SamplingParams
 from tests import tiny_models
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU: run scripts/gpu_check on one", allow_module_level=True)
 
-from tests import device_harness
+from tests import device_harness, restricted_requests
 
 CUDA = torch.device("cuda")
 WIDE = {
@@ -39,6 +41,11 @@ class Reference:
 
     def logits(self, model: torch.nn.Module, sequence: list[int]) -> torch.Tensor:
         return model(torch.tensor([sequence], device=CUDA)).logits[0].float().cpu()
+
+    def pooled(self, model: torch.nn.Module, sequence: list[int], pooling: Pooling) -> torch.Tensor:
+        output = model(torch.tensor([sequence], device=CUDA), output_hidden_states=True)
+        states = output.hidden_states[-1][0].float().cpu()
+        return states.mean(0) if pooling == "mean" else states[-1]
 
     def worst_error(self, sequences: list[list[int]]) -> float:
         """Of Hugging Face's own bfloat16 forward."""
@@ -145,3 +152,79 @@ def test_a_seed_draws_the_same_again(reference: Reference):
         prompts = sequences(4, 15, seed=5)
         first, again = engine.generate(prompts, sampling), engine.generate(prompts, sampling)
         assert first == again
+
+
+@torch.inference_mode()
+def test_masks_beside_rows_of_the_sampling_kernel(reference: Reference):
+    """Steps in which a row has masks sample in general, the others by the kernel: nobody's tokens may tell the difference."""
+    engine = device_harness.build(reference.folder, CUDA, torch.bfloat16, use_graphs=True)
+    capture_all(engine)
+    few = tuple(range(20, 60))
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    masked = {
+        "allowed": msgspec.structs.replace(greedy, allowed_token_ids=few),
+        "random": msgspec.structs.replace(greedy, allowed_token_ids=few, temperature=1.0, seed=3, typical_p=0.9),
+        "bad": msgspec.structs.replace(greedy, bad_words=tuple((token,) for token in range(300) if token not in few)),
+    }
+    prompts = sequences(2, 15, seed=6)
+    alone = engine.generate(prompts, greedy)
+    tokens: dict[str, list[int]] = {name: [] for name in (*masked, "r0", "r1")}
+    for name, sampling in masked.items():
+        short = msgspec.structs.replace(sampling, max_tokens=7)  # so that the last steps are the kernel's again
+        engine.core.add(AddRequest(request_id=name, prompt_token_ids=prompts[0], sampling=short))
+    for index, prompt in enumerate(prompts):
+        engine.core.add(AddRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=greedy))
+    while engine.core.has_work:
+        for output in engine.core.step():
+            tokens[output.request_id].extend(output.token_ids)
+    assert set(tokens["allowed"]) | set(tokens["random"]) <= set(few) and len(tokens["random"]) == 7
+    assert not set(tokens["bad"]) & (set(range(300)) - set(few))
+    # Other steps round differently in low precision: what is compared is what the model prefers.
+    tolerance = 2 * reference.worst_error(sequences(2, 80, seed=3))
+    for index, prompt in enumerate(prompts):
+        assert len(tokens[f"r{index}"]) == len(alone[index]) == 12
+        logits = reference.logits(reference.exact, prompt + tokens[f"r{index}"])[len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens[f"r{index}"])[:, None])[:, 0]
+        assert float((logits.amax(dim=1) - chosen).max()) <= tolerance
+
+
+@pytest.mark.parametrize("use_graphs", [False, True], ids=["eager", "graphs"])
+@torch.inference_mode()
+def test_embeddings_are_as_near_as_hugging_faces(reference: Reference, use_graphs: bool):
+    """In chunks, from static memory and past it, while others generate."""
+    engine = device_harness.build(reference.folder, CUDA, torch.bfloat16, use_graphs=use_graphs, budget=48)
+    capture_all(engine)
+    prompts = [*sequences(2, 90, seed=8), *sequences(2, 7, seed=9)]
+    wishes: list[tuple[list[int], Pooling]] = [(prompt, pooling) for prompt in prompts for pooling in ("mean", "last")]
+    generating = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    engine.core.add(AddRequest(request_id="other", prompt_token_ids=prompts[0], sampling=generating))
+    for index, (prompt, pooling) in enumerate(wishes):
+        none = SamplingParams(max_tokens=0)
+        engine.core.add(AddRequest(request_id=f"{index}", prompt_token_ids=prompt, sampling=none, pooling=pooling))
+    vectors: dict[str, torch.Tensor] = {}
+    while engine.core.has_work:
+        for output in engine.core.step():
+            if output.embedding is not None:
+                vectors[output.request_id] = torch.frombuffer(bytearray(output.embedding), dtype=torch.float32)
+    errors, hf_errors = [], []
+    for index, (prompt, pooling) in enumerate(wishes):
+        exact, low = (reference.pooled(model, prompt, pooling) for model in (reference.exact, reference.low))
+        errors.append((vectors[f"{index}"] - exact).norm() / exact.norm())
+        hf_errors.append((low - exact).norm() / exact.norm())
+    # The median, because a mixture of experts may send one token of eight prompts another way.
+    error, hf_error = torch.stack(errors).median(), torch.stack(hf_errors).median()
+    print(f"median {error:.2e} of {hf_error:.2e}")
+    assert error <= 1.2 * hf_error
+
+
+@pytest.mark.parametrize("use_graphs", [False, True], ids=["eager", "graphs"])
+@torch.inference_mode()
+def test_restricted_tokens_and_embeddings(reference: Reference, use_graphs: bool):
+    engine = device_harness.build(reference.folder, CUDA, torch.bfloat16, use_graphs=use_graphs, budget=64)
+    capture_all(engine)
+    if (reference.folder / "tokenizer.json").exists():
+        prompts = sequences(6, 30, seed=6)
+        restricted_requests.check_schemas_among_free_text(engine, reference.folder, prompts, restricted_requests.OBJECT)
+    restricted_requests.check_bad_words(engine, sequences(1, 20, seed=7)[0])
+    restricted_requests.check_embeddings(engine, reference.exact, sequences(5, 90, seed=8), 2e-3)
+    engine.core.close()
