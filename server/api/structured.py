@@ -71,20 +71,29 @@ class StructuredFields(RequestBody):
 
     def structured_spec(self) -> StructuredSpec | None:
         """None where the answer is free text. Raises InvalidRequest naming the field."""
-        guided: dict[str, Any] = {
-            kind: value
-            for kind in ("json", "regex", "choice", "grammar")
-            if (value := getattr(self, f"guided_{kind}")) is not None
-        }
+        guided = self._guided()
         if guided and self.structured_outputs is not None:
-            name = f"guided_{next(iter(guided))}"
+            name = self._guided_names()[0]
             raise InvalidRequest(f"{name} and structured_outputs exclude each other; give one of them.", param=name)
         if len(guided) > 1:
-            names = [f"guided_{kind}" for kind in guided]
+            names = self._guided_names()
             raise InvalidRequest(f"{' and '.join(names)} exclude each other; give one of them.", param=names[1])
         outputs = StructuredOutputs(**guided) if guided else self.structured_outputs
         prefix = "guided_" if guided else "structured_outputs."
         return structured_spec(self.response_format, outputs, prefix=prefix)
+
+    def structured_field(self) -> str | None:
+        """The field that says what the answer must look like; None where it is free text."""
+        if self.response_format is not None and self.response_format.type != "text":
+            return "response_format"
+        return "structured_outputs" if self.structured_outputs is not None else next(iter(self._guided_names()), None)
+
+    def _guided_names(self) -> list[str]:
+        return [f"guided_{kind}" for kind in self._guided()]
+
+    def _guided(self) -> dict[str, Any]:
+        values = {kind: getattr(self, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")}
+        return {kind: value for kind, value in values.items() if value is not None}
 
 
 def structured_spec(

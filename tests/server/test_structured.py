@@ -142,6 +142,20 @@ def test_both_endpoints_ask_the_engine_for_it(api: Api, key: str, value: Any) ->
     assert first == second == spec_of(**{key: value}) and free is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"guided_regex": "("}, "guided_regex"),
+    ],
+)
+def test_the_field_to_name_when_the_engine_refuses(fields: dict[str, Any], name: str | None) -> None:
+    assert validate(StructuredFields, fields, strict=False)[0].structured_field() == name
+
+
 def test_fields_that_change_nothing_are_listed(api: Api) -> None:
     response = api.complete(prompt="a", structured_outputs={"regex": "a", "disable_fallback": True, "mood": 1})
     assert response.headers["X-Octavo-Ignored-Fields"] == "structured_outputs.disable_fallback, structured_outputs.mood"
