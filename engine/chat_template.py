@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +31,10 @@ Message = Mapping[str, Any]
 # Ends in space that no template writes of its own accord, which shows whether it trims the message's text.
 _OPEN_END = "<octavo:open-end>\t \t"
 
+TIME_LIMIT_S = 5.0
+_deadline_s: ContextVar[float] = ContextVar("deadline_s")
+"""When (time.monotonic()) the rendering that runs here must have come to its end."""
+
 
 class _GenerationTag(Extension):
     """`{% generation %}` marks assistant text for training masks; here its body is rendered as it stands."""
@@ -38,6 +44,33 @@ class _GenerationTag(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _check_time() -> None:
+    if time.monotonic() > _deadline_s.get():
+        raise jinja2.TemplateError(f"they take it more than {TIME_LIMIT_S:g} seconds")
+
+
+def _watched(items: Iterable[Any]) -> Iterator[Any]:
+    """What a loop of a template runs over."""
+    for item in items:
+        _check_time()
+        yield item
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A sandbox with a time limit: a template cannot go on for long without a loop's next round or a call."""
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """What every call in a template becomes, of a macro too."""
+        _check_time()
+        return super().call(context, obj, *args, **kwargs)
+
+    def compile_watched(self, tree: nodes.Template) -> jinja2.Template:
+        """Changes the tree: its loops look at the clock."""
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "watched", [], [], None, None, lineno=loop.lineno)
+        return self.from_string(tree)
 
 
 def _raise_exception(message: object) -> None:
@@ -57,15 +90,14 @@ class ChatTemplate:
     """One compiled template. Raises InvalidRequest (param "chat_template") when it cannot be parsed."""
 
     def __init__(self, source: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
         environment.filters["tojson"] = _to_json
+        environment.filters["watched"] = _watched
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
             fields = _FieldUses(environment.parse(source))
-            self._template = environment.from_string(source)
+            self._template = environment.compile_watched(environment.parse(source))
         except Exception as error:  # besides Jinja's own, Python's when it compiles the result: nesting, huge numbers, ...
             raise InvalidRequest(f"the chat template cannot be parsed: {error}", param="chat_template") from error
         self.takes_developer_role = "developer" in source
@@ -114,6 +146,7 @@ class ChatTemplate:
         return _cut_at_open_end(self._render(prepared, variables), text)
 
     def _render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        _deadline_s.set(time.monotonic() + TIME_LIMIT_S)
         try:
             return self._template.render(messages=messages, **variables)
         except jinja2.TemplateError as error:

@@ -329,3 +329,29 @@ def test_a_tool_block_without_a_place_for_a_system_message(gemma: Tokenizer) -> 
     assert ChatTemplate(silent).render([ASSISTANT], **block) == "TOOLS;Paris;"
     continued = {**block, "continue_final_message": True}
     assert ChatTemplate(silent).render([USER, ASSISTANT], **continued) == "TOOLS\n\nHello;Paris"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% set ns = namespace(x=[0]) %}{% for a in range(9999) %}{% for b in range(9999) if b == a %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_goes_on_and_on_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.chat_template.TIME_LIMIT_S", 0.05)
+    with pytest.raises(InvalidRequest, match="more than 0.05 seconds") as caught:
+        render(source)
+    assert caught.value.param == "messages"
+
+
+def test_loops_that_are_watched_are_loops_still() -> None:
+    source = (
+        "{% for k, v in {'a': [1, 2], 'b': []}.items() %}{{ loop.index }}/{{ loop.length }}{{ k }}"
+        "{% for x in v %}{{ x }}{{ '.' if loop.last else ',' }}{{ loop.previtem }}{% else %}none{% endfor %}"
+        "{{ loop.revindex0 }};{% endfor %}{% for x in nothing %}{{ x }}{% endfor %}"
+        "{% for x in [[1, [2]]] recursive %}{% if x is iterable %}({{ loop(x) }}){% else %}{{ x }}{% endif %}{% endfor %}"
+        "{% for x in range(9) if x is odd %}{% if x == 5 %}{% break %}{% endif %}{{ x }}{% endfor %}"
+    )
+    assert render(source) == "1/2a1,2.11;2/2bnone0;(1(2))13"
