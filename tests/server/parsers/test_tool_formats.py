@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from engine.tokenizer import Tokenizer
-from server.parsers.base import CallArguments, CallStart, Content, ToolFormat, Vocabulary
+from server.parsers.base import CallArguments, CallStart, Content
 from server.parsers.registry import TOOL_FORMATS, load_tool_format
-from tests.server.parsers.samples import ADDED_TOKENS, SAMPLES, SPECIAL_TOKENS, TOOLS, Sample, parse
+from tests.server.parsers.formats import byte_tokenizer, tool_format, vocabulary
+from tests.server.parsers.samples import SAMPLES, SPECIAL_TOKENS, TOOLS, Sample, parse
 
 every_sample = pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
-
-
-def byte_tokenizer(name: str) -> Tokenizer:
-    """A token a byte, and the format's markers."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<eos>", *SPECIAL_TOKENS[name]])
-    backend.add_tokens([AddedToken(text, normalized=False) for text in ADDED_TOKENS.get(name, [])])
-    eos_id = backend.token_to_id("<eos>")
-    return Tokenizer(backend, special_tokens={"eos_token": "<eos>"}, eos_token_ids=frozenset({eos_id}), chat_templates={})
-
-
-def tool_format(name: str) -> ToolFormat:
-    tokenizer = byte_tokenizer(name)
-    return load_tool_format(name, Vocabulary(tokenizer.added_tokens, tokenizer.special_tokens))
 
 
 @every_sample
@@ -53,7 +34,7 @@ def test_a_few_characters_at_a_time(sample: Sample, size: int) -> None:
 @every_sample
 def test_token_ids_through_the_detokenizer(sample: Sample) -> None:
     tokenizer = byte_tokenizer(sample.format)
-    format = load_tool_format(sample.format, Vocabulary(tokenizer.added_tokens, tokenizer.special_tokens))
+    format = load_tool_format(sample.format, vocabulary(tokenizer))
     assert format.shows_special_tokens == bool(SPECIAL_TOKENS[sample.format])
     detokenizer = tokenizer.detokenizer([1, 2], skip_special_tokens=not format.shows_special_tokens)
     ids = tokenizer.encode(sample.text)
