@@ -341,7 +341,7 @@ def test_a_tool_block_without_a_place_for_a_system_message(gemma: Tokenizer) -> 
 )
 def test_a_template_that_goes_on_and_on_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.chat_template.TIME_LIMIT_S", 0.05)
-    with pytest.raises(InvalidRequest, match="more than 0.05 seconds") as caught:
+    with pytest.raises(InvalidRequest, match=r"more than 0\.05 seconds") as caught:
         render(source)
     assert caught.value.param == "messages"
 
