@@ -29,7 +29,7 @@ MAX_CACHED_CHARS = 16 * 2**20
 # Deeper than the trial's: what it followed to the end on its own stack never overflows here.
 _STACK_BYTES = 64 * 2**20
 
-_COMMAND = (sys.executable, "-m", "engine.grammar_trial")
+_COMMAND = (sys.executable, "-P", "-m", "engine.grammar_trial")
 
 
 class GrammarSetup(msgspec.Struct, frozen=True):

@@ -222,8 +222,10 @@ def run(build_engine: BuildEngine) -> int:
     gc.freeze()
     gc.enable()
     socket.broadcast(_with_phases(ready, {"python": python_s}))
-    EngineLoop(core, socket, launch.epoch).run()
-    core.close()
+    try:
+        EngineLoop(core, socket, launch.epoch).run()
+    finally:
+        core.close()
     socket.close()
     return 0
 

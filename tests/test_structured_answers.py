@@ -36,15 +36,14 @@ def small_schemas() -> list[Made]:
     return list(itertools.islice((m for m in made if m.longest is not None and m.longest <= MAX_LONGEST), NUM_SCHEMAS))
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_a_tiny_model_answers_random_schemas_in_a_crowd(depth: int, tmp_path: Path) -> None:
-    folder = tiny_models.build("llama", tmp_path)
+def check_random_schemas(folder: Path, device: str, depth: int) -> None:
+    """A tiny model answers them all in a crowd; every answer finishes and validates."""
     config = EngineConfig(
         model=ModelConfig(model=str(folder), dtype="float32", max_model_len=200),
         cache=CacheConfig(num_kv_blocks=100),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=64, pipeline_depth=depth),
         parallel=ParallelConfig(num_threads=1),
-        device="cpu",
+        device=device,
     )
     core, ready = build_engine(config, lambda phase, detail, fraction: None)
     tokenizer = Tokenizer.load(folder)
@@ -69,6 +68,11 @@ def test_a_tiny_model_answers_random_schemas_in_a_crowd(depth: int, tmp_path: Pa
     for i, (schema, _) in enumerate(schemas):
         answer = json.loads(tokenizer.decode(tokens[f"r{i}"]))
         jsonschema.Draft202012Validator(schema).validate(answer)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_tiny_model_answers_random_schemas_in_a_crowd(depth: int, tmp_path: Path) -> None:
+    check_random_schemas(tiny_models.build("llama", tmp_path), "cpu", depth)
 
 
 # -- the demo model ----------------------------------------------------------------------------------------------------
