@@ -8,6 +8,8 @@ OctavoError
 ├── ModelNotSupported         the engine cannot run this model exactly, so it refuses to load it
 ├── ModelLoadError            the model should work but its files could not be had or read
 ├── OutOfDeviceMemory         one step did not fit beside what the device holds; never leaves the engine
+├── Overloaded                more is queued than can be served in time (429)
+├── DeadlineExceeded          the request's own time limit passed (504)
 ├── EngineUnavailable         the engine is starting, stopping or gone (503)
 └── RequestFailed             the engine gave up on one request (500)
 """
@@ -16,15 +18,21 @@ from __future__ import annotations
 
 
 class OctavoError(Exception):
-    """Base of all errors. `param` names the field at fault, `code` is a short machine-readable reason."""
+    """Base of all errors. `param` names the field at fault, `code` is a short machine-readable reason.
+
+    retry_after_s: how long to wait before trying again, where that is known.
+    """
 
     default_code: str | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or self.default_code
+        self.retry_after_s = retry_after_s
 
 
 class ConfigError(OctavoError):
@@ -61,6 +69,18 @@ class OutOfDeviceMemory(OctavoError):
     """The device had no memory for a step. The engine goes on with less; see `Scheduler.roll_back`."""
 
 
+class Overloaded(OctavoError):
+    """As much is queued as can be served in time. retry_after_s says when there will be room, at the present pace."""
+
+    default_code = "rate_limit_exceeded"
+
+
+class DeadlineExceeded(OctavoError):
+    """The request's time limit, for its first token or for the whole, passed before it was done."""
+
+    default_code = "deadline_exceeded"
+
+
 class EngineUnavailable(OctavoError):
     """The engine cannot take requests now: it is starting, stopping or has died."""
 
@@ -84,6 +104,8 @@ ERROR_CLASSES: dict[str, type[OctavoError]] = {
         ModelNotSupported,
         ModelLoadError,
         OutOfDeviceMemory,
+        Overloaded,
+        DeadlineExceeded,
         EngineUnavailable,
         RequestFailed,
     )

@@ -24,13 +24,15 @@ class ErrorInfo(msgspec.Struct, frozen=True):
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after_s: float | None = None
 
     @classmethod
     def of(cls, error: OctavoError) -> ErrorInfo:
-        return cls(type(error).__name__, error.message, error.param, error.code)
+        return cls(type(error).__name__, error.message, error.param, error.code, error.retry_after_s)
 
     def to_exception(self) -> OctavoError:
-        return ERROR_CLASSES.get(self.kind, OctavoError)(self.message, param=self.param, code=self.code)
+        kind = ERROR_CLASSES.get(self.kind, OctavoError)
+        return kind(self.message, param=self.param, code=self.code, retry_after_s=self.retry_after_s)
 
 
 class Launch(msgspec.Struct, frozen=True):
@@ -51,7 +53,10 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """One request of `sampling.n` choices.
 
     request_id: begins with the sending frontend's id. output_token_ids: per choice, what an earlier engine already
-    produced (replay); empty for a new request. cache_salt: mixed into the prefix hashes, so that salts share nothing.
+    produced (replay); empty for a new request. finished_choices: those that ended there and are not to run again.
+    alone: runs in steps of its own until one of them has completed, then joins the others. first_token_deadline_s, deadline_s:
+    time.monotonic(), which all processes of a machine share, after which it ends with DeadlineExceeded, waiting or running.
+    cache_salt: mixed into the prefix hashes, so that salts share nothing.
     priority: lower ones leave the queue first. pooling: the prompt's embedding is wanted, the mean of its tokens' last hidden
     states or that of its last token; then `sampling.max_tokens` is 0.
     """
@@ -60,6 +65,10 @@ class AddRequest(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output_token_ids: list[list[int]] = []
+    finished_choices: list[int] = []
+    alone: bool = False
+    first_token_deadline_s: float | None = None
+    deadline_s: float | None = None
     cache_salt: str = ""
     priority: int = 0
     pooling: Pooling | None = None
