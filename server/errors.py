@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import msgspec
@@ -10,7 +11,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import EngineUnavailable, InvalidRequest, ModelNotFound, OctavoError, RequestFailed
+from engine.errors import (
+    DeadlineExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+    OctavoError,
+    Overloaded,
+    RequestFailed,
+)
 
 logger = logging.getLogger("octavo.server")
 
@@ -21,6 +30,12 @@ class Unauthorized(OctavoError):
     """The request brings no API key, or a wrong one (401)."""
 
     default_code = "invalid_api_key"
+
+
+class Forbidden(OctavoError):
+    """The API key given is not for this (403)."""
+
+    default_code = "insufficient_permissions"
 
 
 class NotFound(OctavoError):
@@ -49,14 +64,17 @@ class ClientDisconnected(Exception):
 _TABLE: tuple[tuple[type[OctavoError], int, str], ...] = (
     (InvalidRequest, 400, "invalid_request_error"),
     (Unauthorized, 401, "invalid_request_error"),
+    (Forbidden, 403, "invalid_request_error"),
     (ModelNotFound, 404, "invalid_request_error"),
     (NotFound, 404, "invalid_request_error"),
     (BodyTooLarge, 413, "invalid_request_error"),
     (TooManyRequests, 429, "rate_limit_error"),
+    (Overloaded, 429, "rate_limit_error"),
+    (DeadlineExceeded, 504, "timeout_error"),
     (EngineUnavailable, 503, "service_unavailable_error"),
     (RequestFailed, 500, "server_error"),
 )
-_RETRY_AFTER_S = {429: 1, 503: 2}
+_RETRY_AFTER_S = {429: 1, 503: 2}  # where the error does not say
 _HTTP_MESSAGES = {
     404: ("There is no such path; see /docs for those there are.", "not_found"),
     405: ("This path does not take this method; see /docs.", "method_not_allowed"),
@@ -85,7 +103,8 @@ def octavo_error_response(error: OctavoError) -> Response:
     status, kind = status_and_type(error)
     headers: Mapping[str, str] = {}
     if status in _RETRY_AFTER_S:
-        headers = {"Retry-After": str(_RETRY_AFTER_S[status])}
+        seconds = _RETRY_AFTER_S[status] if error.retry_after_s is None else max(1, math.ceil(error.retry_after_s))
+        headers = {"Retry-After": str(seconds)}
     elif status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
     body = error_body(error.message, kind, error.param, error.code)

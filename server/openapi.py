@@ -68,7 +68,7 @@ _ERROR_SCHEMA = {
     },
 }
 _READS = (400, 401, 404, 413, 429, 503)
-_GENERATES = (400, 401, 404, 413, 429, 500, 503)
+_GENERATES = (400, 401, 404, 413, 429, 500, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,10 @@ _STATUS_TEXT = {
     401: "No API key, or a wrong one.",
     404: "What the request names is not here: a model, a response, a path.",
     413: "The body is larger than this server reads.",
-    429: "Too many requests are open; Retry-After says when to come again.",
+    429: "As much is open, or waits, as the server takes; Retry-After says when to come again.",
     500: "The server met an internal error, or the request failed in the engine.",
     503: "The model is still being loaded, or the engine is down; Retry-After says when to come again.",
+    504: "The request's time limit passed before its first token.",
 }
 _STATUS_HEADERS = {401: ("WWW-Authenticate",), 429: ("Retry-After",), 503: ("Retry-After",)}
 _HEADERS = {
