@@ -51,6 +51,8 @@ class Request:
     num_tokens_ahead: known tokens and those that steps in flight will bring. pending_forks: siblings that wait for this one's
     prompt. block_hashes: chained hashes of the full blocks, as far as known. matcher: follows the output, where its tokens are
     restricted by those before them. pooled: what the steps so far have brought of the embedding.
+    alone: its next step is to be one of its own. first_token_deadline_s, deadline_s: of time.monotonic(). rank: its place in
+    the queue, the lowest first; see `waiting_queue`.
     Kept by KVCacheManager: page_capacity, positions that its block table covers; next_mark, the number of computed tokens
     from which on `mark_computed` has something to do.
     """
@@ -67,6 +69,9 @@ class Request:
     priority: int = 0
     pooling: Pooling | None = None
     matcher: TokenMatcher | None = None
+    alone: bool = False
+    first_token_deadline_s: float | None = None
+    deadline_s: float | None = None
     uid: int = field(default_factory=lambda: next(_uids))
     status: RequestStatus = RequestStatus.WAITING
     slot: int = -1
@@ -81,6 +86,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     pooled: npt.NDArray[np.float32] | None = None
     arrival_time_s: float = 0.0
+    rank: float = 0.0
     first_scheduled_time_s: float | None = None
     num_tokens_ahead: int = field(init=False)
     max_total_tokens: int = field(init=False)

@@ -4,7 +4,10 @@ There is no prefill phase and no decode phase (iteration-level scheduling after 
 `num_computed_tokens` catching up with its tokens, and each step spends one token budget over all of them. Decodes are
 served first, then prompts in order of arrival, in chunks of what is left. When pages run out, the youngest request gives
 its own back and computes them again later. Requests of lower `priority` (a smaller number goes first) leave the queue before
-others, and give up their pages after them.
+others, and give up their pages after them; the number falls while they wait (see `waiting_queue`).
+
+A request that is `alone`, because engines have died in its steps, gets a step of its own: nothing else is in flight with it, so
+that nothing else is blamed if that kills this one too. Once such a step has completed it joins the others.
 
 With a pipeline depth of 1 a step is planned while the one before runs: its tokens are counted but not yet known.
 """
@@ -18,6 +21,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from engine.deadlines import FIRST_TOKEN, WHOLE, Deadlines, deadline_exceeded
 from engine.errors import OctavoError, RequestFailed
 from engine.kv_cache_manager import KVCacheManager, PrefixHit
 from engine.messages import EngineStats, ErrorInfo, RequestOutput, TokenLogprobs
@@ -25,7 +29,7 @@ from engine.request import FinishReason, Request, RequestStatus, TokenMatcher
 from engine.request_output import make_output
 from engine.step import Fork, ModelRunnerOutput, NewRow, SchedulerOutput
 from engine.step_budget import StepBudget
-from engine.waiting_queue import WaitingQueue
+from engine.waiting_queue import WaitingQueue, rank
 
 # Found once: looking a member up in its class for every token of every step is a large part of what a step costs.
 _RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
@@ -33,12 +37,13 @@ _RUNNING, _FINISHED = RequestStatus.RUNNING, RequestStatus.FINISHED
 
 class _InFlightStep:
     """A planned step and the requests of its rows. sampled, then forked, are in the order of the runner's tokens; chunk_rows:
-    the rows that sample nothing."""
+    the rows that sample nothing. is_alone: its one request is `alone`."""
 
-    __slots__ = ("chunk_rows", "forked", "rows", "sampled", "step")
+    __slots__ = ("chunk_rows", "forked", "is_alone", "rows", "sampled", "step")
 
     def __init__(self, step: SchedulerOutput) -> None:
         self.step = step
+        self.is_alone = False
         self.rows: list[Request] = []
         self.chunk_rows: list[int] = []
         self.sampled: list[Request] = []
@@ -78,6 +83,8 @@ class Scheduler:
         self._in_flight: deque[_InFlightStep] = deque()
         self._num_steps = 0
         self._num_matchers = 0  # of unfinished requests
+        self._deadlines = Deadlines()
+        self._alone_is_due = False  # the next step to be planned is one of its own for the head of the queue
         # After a step did not fit in the device's memory: whether the next may admit, and the requests that gave up their
         # place for it and have had no token since.
         self._admits = True
@@ -103,8 +110,10 @@ class Scheduler:
         for request in choices:
             assert request.max_total_tokens <= self.max_model_len, "the core refuses longer ones"
             request.arrival_time_s = now
+            request.rank = rank(now, request.priority)
             self._num_matchers += request.matcher is not None
         self._by_id[choices[0].request_id] = list(choices)
+        self._note_deadlines(choices)
         head, rest = choices[0], choices[1:]
         fresh = not any(request.num_output_tokens for request in choices) and head.sampling.max_tokens > 0
         if fresh:
@@ -123,6 +132,26 @@ class Scheduler:
                 self._release_forks(request)
                 self._finish(request)
 
+    def _note_deadlines(self, choices: list[Request]) -> None:
+        first = choices[0]
+        if first.deadline_s is not None:
+            self._deadlines.add(first.request_id, WHOLE, first.deadline_s)
+        if first.first_token_deadline_s is not None and not _has_output(choices):
+            self._deadlines.add(first.request_id, FIRST_TOKEN, first.first_token_deadline_s)
+        self._deadlines.forget_ended(self._by_id, len(self._by_id))
+
+    def expire(self) -> list[RequestOutput]:
+        """End the requests whose time is up, waiting or running; to be called before every step."""
+        outputs = []
+        for request_id, kind in self._deadlines.take_passed():
+            choices = self._by_id.get(request_id)
+            if choices is None or (kind == FIRST_TOKEN and _has_output(choices)):
+                continue
+            num_tokens = sum(choice.num_output_tokens for choice in choices)
+            since = f"{time.monotonic() - choices[0].arrival_time_s:.1f} s in the engine, {num_tokens} tokens"
+            outputs.append(self.fail(choices[0], deadline_exceeded(kind, since)))
+        return outputs
+
     @property
     def has_unfinished(self) -> bool:
         return bool(self._by_id)
@@ -131,15 +160,14 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when nothing can be computed now (idle, or waiting for steps in flight)."""
+        if self._in_flight and (self._alone_is_due or self._in_flight[-1].is_alone):
+            return None
         flight = _InFlightStep(SchedulerOutput(step_id=self._num_steps))
-        num_preemptions = self._counts["preemptions"]
-        prefills = self._plan_decodes(flight)
-        budget = self._budget.prompt_tokens(len(flight.rows), self._oldest_wait_s(prefills))
-        for request in prefills:
-            budget -= self._plan_chunk(flight, request, budget)
-        if self._admits and self._counts["preemptions"] == num_preemptions:
-            self._admit_waiting(flight, budget)
-        self._admits = True
+        if self._alone_is_due and self._admits:
+            self._alone_is_due = False
+            self._admit_waiting(flight, self._budget.prompt_tokens(0))
+        if not flight.rows:
+            self._plan(flight)
         step = flight.step
         if not step.slots:
             return None
@@ -148,6 +176,17 @@ class Scheduler:
         self._in_flight.append(flight)
         return step
 
+    def _plan(self, flight: _InFlightStep) -> None:
+        """Decodes, then prompts that are begun, then those that wait."""
+        num_preemptions = self._counts["preemptions"]
+        prefills = self._plan_decodes(flight)
+        budget = self._budget.prompt_tokens(len(flight.rows), self._oldest_wait_s(prefills))
+        for request in prefills:
+            budget -= self._plan_chunk(flight, request, budget)
+        if self._admits and self._counts["preemptions"] == num_preemptions:
+            self._admit_waiting(flight, budget)
+        self._admits = True
+
     def matchers(self) -> dict[int, TokenMatcher]:
         """Of the step planned last: by row, what restricts the token to be sampled there. A row's forks start as it does."""
         if not self._num_matchers:
@@ -155,6 +194,10 @@ class Scheduler:
         flight = self._in_flight[-1]
         sampled = zip(flight.step.sampled_rows, flight.sampled, strict=True)
         return {row: r.matcher for row, r in sampled if r.matcher is not None and r.status is not _FINISHED}
+
+    def step_request_ids(self) -> list[str]:
+        """Of the step planned last: the ids of its requests, a row each."""
+        return [request.request_id for request in self._in_flight[-1].rows]
 
     def fail_row(self, row: int, error: OctavoError) -> RequestOutput:
         """End the request of a row of the step planned last with an error."""
@@ -218,12 +261,12 @@ class Scheduler:
         return True
 
     def _youngest_not_in(self, flight: _InFlightStep) -> Request | None:
-        """The running request without a row in this step that came last among those of the highest `priority` number."""
+        """The running request without a row in this step that would be the last in the queue."""
         planned = {*flight.rows, *flight.forked}
-        return max((r for r in reversed(self._running) if r not in planned), key=lambda r: r.priority, default=None)
+        return max((r for r in reversed(self._running) if r not in planned), key=lambda r: r.rank, default=None)
 
     def _admit_waiting(self, flight: _InFlightStep, budget: int) -> None:
-        """Start waiting requests in order of arrival. One whose prefix is being computed by another waits, and does not
+        """Start waiting requests in the order of the queue. One whose prefix is being computed by another waits, and does not
         hold up those behind it; one for which there are no pages does."""
         skipped: list[Request] = []
         while self._waiting and budget > 0 and self._free_slots:
@@ -236,9 +279,16 @@ class Scheduler:
             if not self.kv_cache.can_admit(request, hit, reserve_blocks=len(self._running)):
                 skipped.append(request)
                 break
+            if request.alone and (flight.rows or self._in_flight):
+                self._alone_is_due = True
+                skipped.append(request)
+                break
             num_new, spent = self._budget.cut(hit.num_tokens, request.num_tokens - hit.num_tokens, budget)
             self._admit(flight, request, hit, num_new)
             budget -= spent
+            if request.alone:
+                flight.is_alone = True
+                break
         self._waiting.add_first(skipped)
 
     def _admit(self, flight: _InFlightStep, request: Request, hit: PrefixHit, num_new: int) -> None:
@@ -399,6 +449,9 @@ class Scheduler:
         """Append the oldest step's tokens, end what is finished and return what there is to tell."""
         flight = self._in_flight.popleft()
         assert result.step_id == flight.step.step_id, "results come in the order of the steps"
+        if flight.is_alone:
+            for choice in self._by_id.get(flight.rows[0].request_id, ()):
+                choice.alone = False
         for row, entries in result.prompt_logprobs.items():
             if flight.rows[row].status is _RUNNING:
                 flight.rows[row].prompt_logprobs.extend(entries)
@@ -519,6 +572,11 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot is lost or taken twice"
         assert all(request.status is RequestStatus.RUNNING for request in self._running)
         assert all(request.status is RequestStatus.WAITING for request in self._waiting)
-        assert sorted(self._waiting, key=lambda request: request.priority) == list(self._waiting), "the queue is out of order"
+        assert sorted(self._waiting, key=lambda request: request.rank) == list(self._waiting), "the queue is out of order"
         assert all(request.num_computed_tokens <= request.num_tokens_ahead for request in self.unfinished())
         assert all(request.num_computed_tokens <= request.page_capacity for request in self._running), "a position has no page"
+
+
+def _has_output(choices: list[Request]) -> bool:
+    """Whether a request, of which these choices have not ended, has had its first token."""
+    return len(choices) < choices[0].sampling.n or any(choice.num_output_tokens for choice in choices)

@@ -1,4 +1,4 @@
-"""The requests that wait to be admitted, those of lower `priority` first, within one priority in order of arrival."""
+"""The requests that wait to be admitted, in the order of their ranks: by arrival, and by `priority` with ageing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from engine.request import Request, RequestStatus
+
+LEVEL_S = 10.0
+"""A waiting request's priority number falls by one in this time."""
+
+MAX_LEVELS = 360
+"""Numbers further from 0 count as this one, so that nobody waits for more than an hour behind those that came later."""
+
+
+def rank(arrival_time_s: float, priority: int) -> float:
+    """A request's place in the queue, the lowest first.
+
+    All priority numbers fall alike with time, so that the order of two requests is settled once both are there: that of
+    arrival + priority * LEVEL_S. Equal priorities are served in order of arrival; of others the higher number goes first
+    where it has waited LEVEL_S longer for each step between them. The queue need never be sorted again, and none starves.
+    """
+    return arrival_time_s + LEVEL_S * max(-MAX_LEVELS, min(priority, MAX_LEVELS))
 
 
 class WaitingQueue:
@@ -15,19 +31,19 @@ class WaitingQueue:
         self._requests: deque[Request] = deque()
 
     def add(self, request: Request) -> None:
-        """Queue a request behind those of its priority."""
+        """Queue a request behind those of its rank."""
         request.status = RequestStatus.WAITING
         position = len(self._requests)
-        while position and self._requests[position - 1].priority > request.priority:
+        while position and self._requests[position - 1].rank > request.rank:
             position -= 1
         self._requests.insert(position, request)
 
     def add_first(self, requests: Sequence[Request]) -> None:
-        """Queue requests, in their order, before those of their priority: they had their turn already."""
+        """Queue requests, in their order, before those of their rank: they had their turn already."""
         for request in reversed(requests):
             request.status = RequestStatus.WAITING
             position = 0
-            while position < len(self._requests) and self._requests[position].priority < request.priority:
+            while position < len(self._requests) and self._requests[position].rank < request.rank:
                 position += 1
             self._requests.insert(position, request)
 

@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "step_budget",
         "waiting_queue",
         "request_output",
+        "deadlines",
         "scheduler",
     ),
     "L3": (
@@ -67,6 +68,7 @@ HIDDEN_FROM_L3 = {
     "step_budget",
     "waiting_queue",
     "request_output",
+    "deadlines",
     "scheduler",
 }
 SEEN_BY_SERVER = {
