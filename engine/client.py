@@ -137,8 +137,13 @@ class EngineClient:
         spaces_between_special_tokens: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        first_token_deadline_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> RequestStream:
-        """Queue a request; returns once the engine has accepted it. Raises InvalidRequest where it refuses."""
+        """Queue a request; returns once the engine has accepted it. Deadlines are times of time.monotonic().
+
+        Raises InvalidRequest where the engine refuses it, DeadlineExceeded where it is late already.
+        """
         if self.state != "ready":
             raise self._unavailable()
         choices = [
@@ -160,15 +165,23 @@ class EngineClient:
             sampling=sampling,
             cache_salt=cache_salt,
             priority=priority,
+            first_token_deadline_s=first_token_deadline_s,
+            deadline_s=deadline_s,
         )
         return await self._submit(message, choices)
 
     async def embed(
-        self, prompt_token_ids: list[int], *, pooling: Pooling, cache_salt: str = "", priority: int = 0
+        self,
+        prompt_token_ids: list[int],
+        *,
+        pooling: Pooling,
+        cache_salt: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Embedding:
         """The embedding of a prompt, computed among the other requests; given up where the caller is cancelled.
 
-        Raises InvalidRequest where the engine refuses it, RequestFailed or EngineUnavailable where it gives up.
+        Raises InvalidRequest where the engine refuses it; RequestFailed, DeadlineExceeded, EngineUnavailable where it gives up.
         """
         if self.state != "ready":
             raise self._unavailable()
@@ -178,6 +191,7 @@ class EngineClient:
             sampling=SamplingParams(max_tokens=0),
             cache_salt=cache_salt,
             priority=priority,
+            deadline_s=deadline_s,
             pooling=pooling,
         )
         choices = [Choice(self.tokenizer.detokenizer())]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from engine.deadlines import overdue
 from engine.errors import ContextLengthExceeded, InvalidRequest, OctavoError, OutOfDeviceMemory
 from engine.grammar_compiler import GrammarCompiler
 from engine.messages import AddRequest, EngineStats, RequestOutput
@@ -123,10 +124,13 @@ class EngineCore:
         """Queue the requests whose grammars are there now. Returns their ids, and why where they are refused."""
         taken: list[tuple[str, OctavoError | None]] = []
         for request_id, (message, future) in list(self._compiling.items()):
-            if not future.done():
+            late = overdue(message)
+            if late is None and not future.done():
                 continue
             del self._compiling[request_id]
             try:
+                if late is not None:
+                    raise late
                 self._queue(message, future.result())
                 taken.append((request_id, None))
             except OctavoError as error:
@@ -152,6 +156,9 @@ class EngineCore:
                     priority=message.priority,
                     pooling=message.pooling,
                     matcher=_matcher(sampling, grammar, replayed[i]),
+                    alone=message.alone,
+                    first_token_deadline_s=message.first_token_deadline_s,
+                    deadline_s=message.deadline_s,
                 )
                 for i in range(sampling.n)
             ]
@@ -202,7 +209,7 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """Plan and launch one step, and take the result of the oldest one that is due. Returns what became known."""
         started = time.monotonic()
-        outputs: list[RequestOutput] = []
+        outputs = self._scheduler.expire()
         plan = self._scheduler.schedule()
         if plan is not None:
             try:
