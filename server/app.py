@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Generator
-from pathlib import Path
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
+from starlette.types import ASGIApp
 
 from engine.client import EngineClient
 from engine.errors import OctavoError
 from server import errors, openapi
-from server.access import Access
+from server.access import REQUEST_ID_HEADER, Access
 from server.admission import Admission
-from server.api import chat, completions, embeddings, health, models, responses, tokenize
+from server.api import admin, chat, completions, embeddings, health, models, responses, tokenize
+from server.api.body import IGNORED_FIELDS_HEADER, BodyLimits
 from server.config import ServerConfig
+from server.keys import KeyRing
+from server.limits import limited_protocol
 from server.metrics import Metrics
+from server.metrics_server import create_metrics_app, listen_for_metrics
+from server.pages import DOCS_PAGE, page_policies
 from server.state import ServerState
+from server.tls import tls_context
 
-DOCS_PAGE = Path(__file__).parent / "static" / "docs.html"
+logger = logging.getLogger("octavo.server")
+
+Drain = Callable[[], None]
 
 
-def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
-    """The application. It may be served before the engine is ready: requests get a 503 that says how far it is."""
+def create_app(
+    client: EngineClient, config: ServerConfig, *, keys: KeyRing | None = None, on_drain: Drain | None = None
+) -> FastAPI:
+    """The application. It may be served before the engine is ready: requests get a 503 that says how far it is.
+
+    keys: those of the configuration, read; None reads them. on_drain: what /admin/drain does. Raises ConfigError.
+    """
+    keys = config.read_keys() if keys is None else keys
     state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats))
     app = FastAPI(title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     for module in (
@@ -40,16 +59,39 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
         health,
     ):  # tried in this order, so the busy ones first
         app.include_router(module.router(state))
+    app.include_router(admin.router(state, on_drain))
+    app.state.body_limits = BodyLimits(config.max_body_bytes, config.max_json_depth)
+    app.state.metrics = state.metrics
     app.add_middleware(Admission, limit=config.max_open_requests)
-    app.add_middleware(Access, api_keys=config.api_key)  # added last, so asked first: strangers are not counted
+    _guard(app, config, keys, state.metrics)
     app.add_exception_handler(OctavoError, errors.on_octavo_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
     app.add_exception_handler(errors.ClientDisconnected, errors.on_disconnect)
     app.add_exception_handler(ClientDisconnect, errors.on_disconnect)
     app.add_exception_handler(Exception, errors.on_bug)
     app.add_api_route("/docs", _docs, include_in_schema=False)
-    app.openapi = lambda: _openapi(app, config)  # type: ignore[method-assign]
+    app.openapi = lambda: _openapi(app, bool(keys))  # type: ignore[method-assign]
     return app
+
+
+def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics) -> None:
+    """The layers that look first, and so are added last: strangers are not counted, and preflights bring no keys."""
+    app.add_middleware(
+        Access,
+        keys=keys,
+        isolate=keys.num_tenants > 1 and not config.shared_prefix_cache,
+        origins=config.cors_origins,
+        policies=page_policies(),
+        observe=metrics.observe_response,
+    )
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_HEADER, IGNORED_FIELDS_HEADER, "Retry-After"],
+        )
 
 
 async def _docs() -> FileResponse:
@@ -57,9 +99,9 @@ async def _docs() -> FileResponse:
     return FileResponse(DOCS_PAGE, media_type="text/html")
 
 
-def _openapi(app: FastAPI, config: ServerConfig) -> dict[str, Any]:
+def _openapi(app: FastAPI, needs_keys: bool) -> dict[str, Any]:
     if app.openapi_schema is None:
-        app.openapi_schema = openapi.build(app, needs_keys=bool(config.api_key))
+        app.openapi_schema = openapi.build(app, needs_keys=needs_keys)
     return app.openapi_schema
 
 
@@ -71,16 +113,70 @@ class _Server(uvicorn.Server):
         yield
 
 
-def create_server(client: EngineClient, config: ServerConfig) -> uvicorn.Server:
-    """The application behind uvicorn: `serve` with a listening socket, and set `should_exit` for an orderly end."""
-    return _Server(
-        uvicorn.Config(
-            create_app(client, config),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-        )
+class _ServerWithMetrics(_Server):
+    """Serves the metrics beside the application, until that has ended: what happens in a drain is seen too."""
+
+    def __init__(self, config: uvicorn.Config, metrics: uvicorn.Server, sock: socket.socket) -> None:
+        super().__init__(config)
+        self._metrics = metrics
+        self._metrics_socket = sock
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        serving = asyncio.create_task(self._metrics.serve(sockets=[self._metrics_socket]))
+        try:
+            await super().serve(sockets)
+        finally:
+            self._metrics.should_exit = True
+            await serving
+
+
+def create_server(client: EngineClient, config: ServerConfig, *, on_drain: Drain | None = None) -> uvicorn.Server:
+    """The application behind uvicorn: `serve` with a listening socket, and set `should_exit` for an orderly end.
+
+    on_drain: called for /admin/drain, any number of times. Raises ConfigError where keys, TLS or --metrics-port are no good.
+    """
+    keys = config.read_keys()
+    for note in (*keys.notes, *_exposure(config, keys)):
+        logger.warning("%s", note)
+    app = create_app(client, config, keys=keys, on_drain=on_drain)
+    if config.metrics_port is None:
+        return _Server(_uvicorn_config(app, config))
+    sock = listen_for_metrics(config.host, config.metrics_port)
+    logger.info("metrics are at port %d, without a key", sock.getsockname()[1])
+    metrics = _Server(_uvicorn_config(create_metrics_app(app.state.metrics), config))
+    return _ServerWithMetrics(_uvicorn_config(app, config), metrics, sock)
+
+
+def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+    cert, key = config.tls_cert, config.tls_key
+    return uvicorn.Config(
+        app,
+        http=limited_protocol(read_timeout_s=config.read_timeout_s, max_body_bytes=config.max_body_bytes),
+        ssl_context_factory=None if cert is None else lambda *_: tls_context(cert, key),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
     )
+
+
+def _exposure(config: ServerConfig, keys: KeyRing) -> list[str]:
+    """What others on the network could do that the owner may not have meant."""
+    if _is_loopback(config.host):
+        return []
+    notes = []
+    if not keys:
+        notes.append(f"whoever reaches {config.host} may use this server: it has no API key (--api-key-file)")
+    elif config.tls_cert is None:
+        notes.append(f"keys and prompts travel to {config.host} unencrypted: give --tls-cert, or put a proxy with TLS in front")
+    if config.metrics_port is not None:
+        notes.append(f"whoever reaches {config.host} may read the metrics: --metrics-port wants no key")
+    return notes
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

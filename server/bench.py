@@ -16,6 +16,7 @@ from server.bench_http import HttpError
 from server.bench_load import Load, describe, probe
 from server.bench_report import MARKDOWN_HEAD, Sample, format_markdown_row, format_table, summarize
 from server.bench_workers import CutShort, gather
+from server.keys import first_key
 
 DESCRIPTION = """\
 Puts an OpenAI-compatible server under load, many streams at once, and says how long its clients waited and how much they got.
@@ -141,7 +142,7 @@ def parse_load(argv: Sequence[str] | None, prog: str = "octavo bench") -> tuple[
     for name in ("shared_prefix_len", "warmup"):
         if getattr(args, name) < 0:
             parser.error(f"{_flag(name)} must not be negative, got {getattr(args, name)}")
-    args.api_key = args.api_key or os.environ.get("OCTAVO_API_KEY", "").split(",")[0].strip()
+    args.api_key = args.api_key or first_key(os.environ.get("OCTAVO_API_KEY", ""))
     names = {each.name for each in fields(Load)}
     return Load(**{name: value for name, value in vars(args).items() if name in names}), args
 

@@ -33,7 +33,9 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.errors import ConfigError
+from server.keys import KeyRing, read_keys
 from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS
+from server.tls import check_tls
 
 CONFIGS_DIR = Path(__file__).parent.parent / "configs"
 ENV_PREFIX = "OCTAVO_"
@@ -103,15 +105,36 @@ class ServerConfig(BaseModel):
     tool_parser: str = _setting("auto", "model", f"format of tool calls: auto (by template), none, {', '.join(TOOL_FORMATS)}")
     reasoning_parser: str = _setting("auto", "model", f"format of reasoning: auto, none, {', '.join(REASONING_FORMATS)}")
     embedding_pooling: Literal["mean", "last"] = _setting("mean", "model", "mean or last: which tokens make an embedding")
+    trust_remote_code: bool = _setting(False, "model", "run the Python code that comes with the model")
+    allow_pickled_weights: bool = _setting(False, "model", "read *.bin weights, which are pickles, where there are no others")
 
     host: str = _setting("127.0.0.1", "server", "address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 lets others in")
     port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
-    api_key: Names = _setting([], "server", "key(s) of which every request but /health must bring one")
     strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
     max_open_requests: Count = _setting(4096, "server", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
     response_store_size: Count = _setting(1024, "server", "answers of /v1/responses kept to go on from", ge=0, le=2**31 - 1)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "server", ", ".join(LOG_LEVELS))
     shutdown_timeout_s: Number = _setting(30.0, "server", "seconds that open streams may go on after SIGTERM", ge=0, le=86400)
+
+    api_key: Names = _setting(
+        [], "security", "key(s) of which every request but /health must bring one; 'KEY ID SCOPE': api, metrics, admin"
+    )
+    api_key_file: str | None = _setting(None, "security", "a file of such keys, one a line; # begins a comment")
+    metrics_port: Count | None = _setting(
+        None, "security", "serve /metrics on this port too, without a key; 0 lets the system choose", ge=0, le=65535
+    )
+    tls_cert: str | None = _setting(None, "security", "a PEM file of the certificate (chain): HTTPS instead of HTTP")
+    tls_key: str | None = _setting(None, "security", "a PEM file of its private key, where that is not in the certificate's")
+    cors_origins: Names = _setting([], "security", "pages that may use this server from a browser (https://host), or *")
+    shared_prefix_cache: bool = _setting(
+        False, "security", "let keys share computed prompt beginnings, though one can then time what others asked"
+    )
+    max_body_bytes: Count = _setting(64 * 2**20, "security", "a larger request body gets a 413", ge=1024, le=2**40)
+    max_json_depth: Count = _setting(128, "security", "JSON nested deeper gets a 400", ge=8, le=512)
+    read_timeout_s: Number = _setting(
+        30.0, "security", "seconds a client may take to send headers, or a body (and 1 s more for each 64 KiB)", gt=0, le=86400
+    )
+    log_prompts: bool = _setting(False, "security", "write the text of prompts to the log")
 
     device: str = _setting("auto", "engine", ", ".join(DEVICES))
     attention_backend: str = _setting("auto", "engine", "attention implementation; auto takes the device's best")
@@ -138,6 +161,14 @@ class ServerConfig(BaseModel):
             raise ValueError(f"must be one of {', '.join(known)}{nearest(name, known)}")
         return name
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _is_origin(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+|null", origin):
+                raise ValueError("each must be scheme://host or scheme://host:port, without a path, or *")
+        return origins
+
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may give, the one in answers first."""
@@ -157,6 +188,10 @@ class ServerConfig(BaseModel):
             cuda_graphs=self.cuda_graphs,
             cpu_kernels=self.cpu_kernels,
         )
+
+    def read_keys(self) -> KeyRing:
+        """The API keys. Raises ConfigError."""
+        return read_keys(self.api_key, self.api_key_file)
 
     def _fields_of(self, part: type[msgspec.Struct]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in part.__struct_fields__ if name in type(self).model_fields}
@@ -304,6 +339,8 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str], *, command: str
     try:
         config = ServerConfig(**{key: source.values[key] for key, source in chosen.items()})
         config.engine_config()
+        config.read_keys()
+        check_tls(config.tls_cert, config.tls_key)
     except ValidationError as error:
         raise _config_error(error, chosen) from None
     except ConfigError as error:

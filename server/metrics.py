@@ -103,6 +103,14 @@ class Metrics:
             "octavo_request_success", "Choices finished.", ["model_name", "finished_reason"], registry=self._registry
         )
 
+        self._responses = Counter(
+            "octavo_http_responses", "Responses by API key.", ["model_name", "api_key_id", "status"], registry=self._registry
+        )
+
+    def observe_response(self, key_id: str, status: int) -> None:
+        """key_id: "" on a server without keys, "invalid" for requests without a right one."""
+        self._responses.labels(self._model_name, key_id, str(status)).inc()
+
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from server.chat_client import DEFAULT_URL, ChatError, ChatServer
+from server.keys import first_key
 from server.terminal import Terminal
 
 DESCRIPTION = """\
@@ -320,7 +321,7 @@ def run_chat(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> in
     args = _parse(argv)
     terminal = Terminal(environ)
     question = None if terminal.is_interactive else _read_question()
-    api_key = args.api_key or environ.get("OCTAVO_API_KEY", "").split(",")[0].strip()
+    api_key = args.api_key or first_key(environ.get("OCTAVO_API_KEY", ""))
     options = {name: value for name in ("temperature", "top_p", "max_tokens") if (value := getattr(args, name)) is not None}
     try:
         server = ChatServer(args.url, api_key, terminal.note)

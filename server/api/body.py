@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
@@ -13,13 +13,12 @@ from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from engine.errors import InvalidRequest
+from server.api.json_depth import is_deeper_than
 from server.config import nearest
 from server.errors import BodyTooLarge
 
 IGNORED_FIELDS_HEADER = "X-Octavo-Ignored-Fields"
 MAX_LISTED_FIELDS = 32
-# Several million tokens, as text or as ids; more is a mistake, and would be held in memory several times over.
-MAX_BODY_BYTES = 64 * 2**20
 
 _JSON_TYPES = {
     bool: "a boolean",
@@ -30,6 +29,13 @@ _JSON_TYPES = {
     dict: "an object",
     type(None): "null",
 }
+
+
+class BodyLimits(NamedTuple):
+    """What is read of a body, in app.state.body_limits. Its bytes would be held in memory several times over."""
+
+    max_bytes: int
+    max_depth: int
 
 
 class RequestBody(BaseModel):
@@ -69,25 +75,32 @@ def json_type(value: object) -> str:
 
 async def read_json_object(request: Request) -> dict[str, Any]:
     """The body as an object, without the fields that are null: null means not given. Raises InvalidRequest, BodyTooLarge."""
-    content = await _read_body(request)
+    limits: BodyLimits = request.app.state.body_limits
+    content = await _read_body(request, limits.max_bytes)
+    if is_deeper_than(content, limits.max_depth):
+        raise InvalidRequest(f"The body nests arrays and objects more than {limits.max_depth} deep.", code="invalid_json")
     try:
         data = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         # The decoder's messages give byte positions, not content; UnicodeDecodeError's would give the bytes.
-        reason = str(error) if isinstance(error, msgspec.DecodeError) else "not UTF-8, or nested too deep"
+        reason = str(error) if isinstance(error, msgspec.DecodeError) else "not UTF-8"
         raise InvalidRequest(f"The body is not valid JSON: {reason}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise InvalidRequest(f"The body must be a JSON object, got {json_type(data)}.", code="invalid_json")
     return without_nulls(data)
 
 
-async def _read_body(request: Request) -> bytes:
-    """Stops reading where the limit is passed, whatever Content-Length says. Raises BodyTooLarge."""
+async def _read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads nothing of a body that is announced as too large, and else stops where the limit is passed. Raises BodyTooLarge."""
+    too_large = BodyTooLarge(f"The body is more than {max_bytes:,} bytes.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:  # isdecimal: int() takes signs and underscores too
+        raise too_large
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
-        if len(content) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"The body is more than {MAX_BODY_BYTES:,} bytes.")
+        if len(content) > max_bytes:
+            raise too_large
     return bytes(content)
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from engine.request_stream import ChoiceDelta
 from engine.tokenizer import Tokenizer
+from server.access import cache_salt
 from server.api.body import read_json_object, validate
 from server.api.chat_choices import WholeMessage, message_delta
 from server.api.chat_request import ChatRequest
@@ -36,6 +37,7 @@ def router(state: ServerState) -> APIRouter:
         arrival = time.monotonic()
         data = await read_json_object(request)
         body, headers = validate(ChatRequest, data, strict=state.config.strict)
+        body.cache_salt = cache_salt(request.scope, body.cache_salt)
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
             return EventStream(answer, headers=headers)

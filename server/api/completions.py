@@ -17,6 +17,7 @@ from engine.messages import EngineReady
 from engine.request_stream import ChoiceDelta
 from engine.sampling_params import MAX_N, SamplingParams
 from engine.tokenizer import Tokenizer
+from server.access import cache_salt
 from server.api.body import read_json_object, validate
 from server.api.completion_choices import ChoiceBuilder, CompletionChoice, WholeChoices
 from server.api.generation import Generation, Prompt, Usage
@@ -90,6 +91,7 @@ def router(state: ServerState) -> APIRouter:
         arrival = time.monotonic()
         data = await read_json_object(request)
         body, headers = validate(CompletionRequest, data, strict=state.config.strict)
+        body.cache_salt = cache_salt(request.scope, body.cache_salt)
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
             return EventStream(answer, headers=headers)

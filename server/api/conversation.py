@@ -18,9 +18,10 @@ from engine.errors import InvalidRequest
 from engine.request_stream import ChoiceDelta
 from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.tokenizer import Tokenizer
-from server.api.generation import Generation, Prompt, in_thread_if_long
+from server.api.generation import Generation, Prompt
 from server.api.sampling import SamplingRequest, check_vocabulary, output_limit, truncate_prompt
 from server.api.structured import to_lark
+from server.api.text_threads import in_thread_if_long
 from server.config import ServerConfig
 from server.disconnect import unless_disconnected
 from server.parsers.base import (

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from engine.client import Embedding
 from engine.errors import ContextLengthExceeded, InvalidRequest, RequestFailed
 from engine.messages import EngineReady, Pooling
+from server.access import cache_salt
 from server.api.body import RequestBody, read_json_object, validate
 from server.api.generation import TIME_DIGITS
 from server.api.prompts import PROMPT_SCHEMA, read_prompts
@@ -91,6 +92,7 @@ def router(state: ServerState) -> APIRouter:
         arrival = time.monotonic()
         data = await read_json_object(request)
         body, headers = validate(EmbeddingRequest, data, strict=state.config.strict)
+        body.cache_salt = cache_salt(request.scope, body.cache_salt)
         model = state.resolve_model(body.model)
         inputs = await _tokenize(state, body)
         answer = await unless_disconnected(request.receive, _answer(state, body, model, inputs, arrival))

@@ -8,8 +8,8 @@ from engine.errors import InvalidRequest
 from engine.messages import EngineReady
 from engine.tokenizer import Tokenizer
 from server.api.body import json_type
-from server.api.generation import in_thread_if_long
 from server.api.sampling import check_vocabulary
+from server.api.text_threads import in_thread_if_long
 
 MAX_PROMPTS = 2048
 PROMPT_SCHEMA = {

@@ -16,10 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.errors import InvalidRequest
+from server.access import cache_salt, owner
 from server.api.body import IGNORED_FIELDS_HEADER, read_json_object, validate
 from server.api.chat_request import effort_variables
 from server.api.conversation import Conversation, Reply, prompt_tokens
-from server.api.response_store import ResponseStore, StoredResponse
+from server.api.response_store import OwnedResponses, ResponseStore, StoredResponse
 from server.api.responses_answer import Answer, response_object
 from server.api.responses_input import check_calls, count_turns, to_items, to_messages, without_turns
 from server.api.responses_request import ResponseRequest
@@ -42,13 +43,16 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["responses"])
     store = ResponseStore(state.config.response_store_size)
 
+    def stored(request: Request) -> OwnedResponses:
+        return store.of(owner(request.scope))
+
     @routes.post("/v1/responses", openapi_extra={"x-request-type": ResponseRequest.__name__})
     async def create_response(request: Request) -> Response:
         """Answer input, and what came before it."""
         arrival = time.monotonic()
         body, headers = await _read(state, request)
         with _input_by_its_name():
-            answer = await _start(state, store, request, body, arrival)
+            answer = await _start(state, stored(request), request, body, arrival)
         if body.stream:
             return EventStream(answer, headers=headers)
         content = await unless_disconnected(request.receive, answer.whole())
@@ -59,38 +63,39 @@ def router(state: ServerState) -> APIRouter:
         """How many tokens the input of such a response has."""
         body, headers = await _read(state, request)
         with _input_by_its_name():
-            given = await _Given.read(state, store, body)
+            given = await _Given.read(state, stored(request), body)
             count = InputTokens(len(await prompt_tokens(state, given.conversation)))
         return Response(msgspec.json.encode(count), headers=headers, media_type="application/json")
 
     @routes.get("/v1/responses/{response_id}")
-    async def get_response(response_id: str, stream: str | None = None) -> Response:
+    async def get_response(request: Request, response_id: str, stream: str | None = None) -> Response:
         """A stored response."""
         if stream not in (None, "false", "False"):
             raise InvalidRequest("stream is not supported: a stored response has ended.", param="stream")
-        return Response(msgspec.json.encode(store.get(response_id).response), media_type="application/json")
+        return Response(msgspec.json.encode(stored(request).get(response_id).response), media_type="application/json")
 
     @routes.delete("/v1/responses/{response_id}")
-    async def delete_response(response_id: str) -> Response:
+    async def delete_response(request: Request, response_id: str) -> Response:
         """Take a response out of the store; what was built on it stays."""
-        store.delete(response_id)
+        stored(request).delete(response_id)
         return Response(msgspec.json.encode(DeletedResponse(response_id)), media_type="application/json")
 
     @routes.post("/v1/responses/{response_id}/cancel")
-    async def cancel_response(response_id: str) -> Response:
+    async def cancel_response(request: Request, response_id: str) -> Response:
         """Only a response in the background could be cancelled, and there are none: to cancel, close the connection."""
-        store.get(response_id)
+        stored(request).get(response_id)
         raise InvalidRequest("Only a response made with background: true could be cancelled; this server makes none.")
 
     @routes.get("/v1/responses/{response_id}/input_items")
     async def list_input_items(
+        request: Request,
         response_id: str,
         limit: Annotated[str, Query(description="1 to 100.")] = str(DEFAULT_LISTED_ITEMS),
         order: Annotated[str, Query(description="asc or desc: oldest or newest first.")] = "desc",
         after: Annotated[str | None, Query(description="The item that the page comes after.")] = None,
     ) -> Response:
         """What a stored response was made from, the turns before it included."""
-        items = store.get(response_id).input_context()
+        items = stored(request).get(response_id).input_context()
         content = _page(items, limit, order, after)
         return Response(msgspec.json.encode(content), media_type="application/json")
 
@@ -101,11 +106,12 @@ async def _read(state: ServerState, request: Request) -> tuple[ResponseRequest, 
     """The body, and the header that lists what changes nothing."""
     data = await read_json_object(request)
     body, headers = validate(ResponseRequest, data, strict=state.config.strict)
+    body.cache_salt = cache_salt(request.scope, body.cache_salt)
     ignored = [*filter(None, [headers.get(IGNORED_FIELDS_HEADER)]), *body.ignored_includes]
     return body, {IGNORED_FIELDS_HEADER: ", ".join(ignored)} if ignored else {}
 
 
-async def _start(state: ServerState, store: ResponseStore, request: Request, body: ResponseRequest, arrival: float) -> Answer:
+async def _start(state: ServerState, store: OwnedResponses, request: Request, body: ResponseRequest, arrival: float) -> Answer:
     """Everything that can be refused is refused here, before there is a response. Raises OctavoError."""
     given = await _Given.read(state, store, body)
     response_id = new_id("resp") if body.request_id is None else f"resp_{body.request_id}"
@@ -124,7 +130,7 @@ class _Given(NamedTuple):
     conversation: Conversation
 
     @classmethod
-    async def read(cls, state: ServerState, store: ResponseStore, body: ResponseRequest) -> _Given:
+    async def read(cls, state: ServerState, store: OwnedResponses, body: ResponseRequest) -> _Given:
         """Raises OctavoError."""
         model = state.resolve_model(body.model)
         ready = state.require_ready()

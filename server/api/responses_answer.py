@@ -14,7 +14,7 @@ from engine.tokenizer import Tokenizer
 from server.api.conversation import Reply
 from server.api.generation import Usage
 from server.api.logprobs import chat_logprobs
-from server.api.response_store import ResponseStore, StoredResponse
+from server.api.response_store import OwnedResponses, StoredResponse
 from server.api.responses_request import ResponseRequest
 from server.api.responses_stream import EventEncoder, OutputBuilder
 from server.api.responses_types import (
@@ -42,7 +42,7 @@ class Answer:
         response: ResponseObject,
         reply: Reply,
         tokenizer: Tokenizer,
-        store: ResponseStore,
+        store: OwnedResponses,
         input_items: list[Item],
         previous: StoredResponse | None,
     ) -> None:

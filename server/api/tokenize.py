@@ -16,8 +16,8 @@ from engine.errors import InvalidRequest
 from server.api.body import IGNORED_FIELDS_HEADER, RequestBody, read_json_object, validate
 from server.api.chat_request import ChatRequest
 from server.api.conversation import prompt_tokens
-from server.api.generation import in_thread_if_long
 from server.api.sampling import Integer, check_vocabulary
+from server.api.text_threads import in_thread_if_long
 from server.disconnect import unless_disconnected
 from server.state import ServerState
 

@@ -1,0 +1,79 @@
+"""POST /admin/drain, /admin/reset_prefix_cache and /admin/log_level, for the owner of the server: with a key of scope admin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine.errors import EngineUnavailable
+from server.access import API_KEY
+from server.api.body import RequestBody, read_json_object, validate
+from server.errors import Forbidden
+from server.keys import ADMIN, ApiKey
+from server.state import ServerState
+
+logger = logging.getLogger("octavo.server")
+
+
+class LogLevelRequest(RequestBody):
+    level: Literal["debug", "info", "warning", "error"]
+
+
+class Done(msgspec.Struct):
+    status: str
+
+
+def router(state: ServerState, on_drain: Callable[[], None] | None) -> APIRouter:
+    """on_drain: does what SIGTERM does; None where nobody could."""
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.post("/admin/drain")
+    async def drain(request: Request) -> Response:
+        """Take no new work, finish what is open, end."""
+        key = _check(request)
+        if on_drain is None:
+            raise EngineUnavailable("This server cannot be drained over HTTP: send its process SIGTERM.")
+        logger.info("drain, asked for by key %s", key.id)
+        on_drain()
+        return _done("draining", 202)
+
+    @routes.post("/admin/reset_prefix_cache")
+    async def reset_prefix_cache(request: Request) -> Response:
+        """Forget what the KV pages hold: prompts that come from now on are computed anew. Open requests go on."""
+        key = _check(request)
+        state.require_ready()
+        reset: Callable[[], None] | None = getattr(state.client, "reset_prefix_cache", None)
+        if reset is None:
+            raise EngineUnavailable("This engine cannot forget its prefix cache while it runs.")
+        reset()
+        logger.info("prefix cache reset, asked for by key %s", key.id)
+        return _done("reset")
+
+    @routes.post("/admin/log_level")
+    async def set_log_level(request: Request) -> Response:
+        """From now on log what is at least of this level, in the frontend."""
+        key = _check(request)
+        body, headers = validate(LogLevelRequest, await read_json_object(request), strict=state.config.strict)
+        logging.getLogger().setLevel(body.level.upper())
+        logger.info("log level %s, asked for by key %s", body.level, key.id)
+        return _done(body.level, headers=headers)
+
+    return routes
+
+
+def _check(request: Request) -> ApiKey:
+    """The key, looked at once more: what stands in front of the routes may change. Raises Forbidden."""
+    key: ApiKey | None = request.scope[API_KEY]
+    if key is None or not key.may(ADMIN):
+        raise Forbidden("This needs an API key with scope admin.")
+    return key
+
+
+def _done(status: str, code: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(Done(status)), code, headers=headers, media_type="application/json")
