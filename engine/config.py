@@ -39,6 +39,7 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     quantization: while loading. On a GPU, "fp8" stores the layers' weights in float8_e4m3fn and multiplies in FP8; on a CPU,
     "int8" stores them and the head in int8 and multiplies in int8. Activations are quantized on the way. "none" keeps the
     model's own arithmetic.
+    trust_remote_code: Python files that come with the model may be run. allow_pickled_weights: weights may be read from *.bin.
     """
 
     model: str = "demo"
@@ -49,6 +50,8 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     quantization: str = "none"
     max_model_len: int | None = None
     generation_config: Literal["auto", "none"] = "auto"
+    trust_remote_code: bool = False
+    allow_pickled_weights: bool = False
 
     def __post_init__(self) -> None:
         _require(bool(self.model), "model", "model must not be empty: give a Hub id, a folder, a GGUF file or 'demo'")
