@@ -21,6 +21,7 @@ from engine.messages import EngineReady, Pooling
 from server.access import cache_salt
 from server.api.body import RequestBody, read_json_object, validate
 from server.api.generation import TIME_DIGITS
+from server.api.prompt_log import log_prompts
 from server.api.prompts import PROMPT_SCHEMA, read_prompts
 from server.api.sampling import Integer, Priority, truncate_prompt
 from server.disconnect import unless_disconnected
@@ -116,6 +117,7 @@ async def _tokenize(state: ServerState, body: EmbeddingRequest) -> list[list[int
         param="input",
         hint=FOREIGN_IDS_HINT,
     )
+    log_prompts(state, "embeddings", prompts)
     inputs = [truncate_prompt(prompt.token_ids, body.truncate_prompt_tokens, 0, None, ready) for prompt in prompts]
     _check_lengths(inputs, ready)
     return inputs

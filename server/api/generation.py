@@ -10,9 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from engine.errors import DeadlineExceeded
 from engine.request_stream import ChoiceDelta, RequestStream
 from engine.sampling_params import SamplingParams
+from server.api.prompt_log import log_prompts
 from server.api.sampling import SamplingRequest
+from server.backlog import Backlog, Ticket
 from server.metrics import Metrics
 from server.state import ServerState
 
@@ -21,6 +24,10 @@ logger = logging.getLogger("octavo.server")
 # A text longer than this is tokenized in a thread, so that the other streams are not held up (about 2 ms on the loop).
 LONG_TEXT_CHARS = 8192
 TIME_DIGITS = 6
+
+# A stream with no more time than this gets its status with its first token, or else a 504; one with more gets it at once, and
+# comments that keep its connection open.
+HOLD_S = 30.0
 
 Result = TypeVar("Result")
 
@@ -73,10 +80,14 @@ async def in_thread_if_long(num_chars: int, function: Callable[[], Result]) -> R
 class Generation:
     """The engine requests of one HTTP request, one a prompt; made by `start` once the engine has accepted all of them."""
 
-    def __init__(self, request_id: str, metrics: Metrics, arrival: float) -> None:
+    def __init__(self, request_id: str, metrics: Metrics, backlog: Backlog, arrival: float) -> None:
         self._request_id = request_id
         self._metrics = metrics
+        self._backlog = backlog
         self._arrival = arrival
+        self._tickets: list[Ticket] = []
+        self._held: tuple[int, list[ChoiceDelta]] | None = None
+        self._merged: AsyncIterator[tuple[int, list[ChoiceDelta]]] | None = None
         self._streams: list[RequestStream] = []
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -98,11 +109,16 @@ class Generation:
     async def start(
         cls, state: ServerState, request_id: str, prompts: Sequence[Prompt], body: SamplingRequest, arrival: float
     ) -> Generation:
-        """Raises the engine's refusal of any of the prompts; then none of them is left running."""
-        generation = cls(request_id, state.metrics, arrival)
+        """Raises Overloaded, or the engine's refusal of any of the prompts; then none of them is left running."""
+        generation = cls(request_id, state.metrics, state.backlog, arrival)
         generation._explains = body.explain
         generation._seeds = list(dict.fromkeys(prompt.sampling.seed for prompt in prompts))
-        stop = body.stop_strings()
+        generation._samplings = [prompt.sampling for prompt in prompts]
+        generation._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        generation._num_choices = sum(prompt.sampling.n for prompt in prompts)
+        stop, deadlines = body.stop_strings(), body.deadlines(arrival, state.config)
+        works = [state.backlog.expect(len(prompt.token_ids), prompt.sampling) for prompt in prompts]
+        generation._tickets = state.backlog.enter(works, state.require_ready())
         requests = [
             state.client.generate(
                 prompt.token_ids,
@@ -113,28 +129,62 @@ class Generation:
                 spaces_between_special_tokens=body.spaces_between_special_tokens,
                 cache_salt=body.cache_salt,
                 priority=body.priority,
+                first_token_deadline_s=deadlines.first_token_s,
+                deadline_s=deadlines.whole_s,
             )
             for prompt in prompts
         ]
-        generation._streams = [await requests[0]] if len(requests) == 1 else await _all_or_none(requests)
-        generation._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        generation._num_choices = sum(prompt.sampling.n for prompt in prompts)
+        try:
+            generation._streams = [await requests[0]] if len(requests) == 1 else await _all_or_none(requests)
+        except BaseException as error:
+            generation._note(error)
+            generation._leave_backlog()
+            raise
+        nearest_s = deadlines.nearest_s()
+        if nearest_s is not None and nearest_s <= time.monotonic() + HOLD_S:
+            await generation._hold()
         return generation
 
-    async def deltas(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
-        """(prompt index, what has arrived) until every choice of every prompt has finished. Raises RequestFailed."""
+    async def _hold(self) -> None:
+        """Wait for the first output, which `deltas` then begins with. Raises what comes instead."""
         try:
+            self._held = await anext(self._arriving())
+        except BaseException as error:
+            self._note(error)
+            self.close()
+            raise
+
+    def _arriving(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
+        if self._merged is None:
+            self._merged = _merged(self._streams)
+        return self._merged
+
+    async def deltas(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
+        """(prompt index, what has arrived) until every choice of every prompt has finished.
+
+        Raises RequestFailed, DeadlineExceeded.
+        """
+        try:
+            if self._held is not None:
+                (prompt_index, deltas), self._held = self._held, None
+                self._observe(prompt_index, deltas)
+                yield prompt_index, deltas
             if len(self._streams) == 1:
                 async for deltas in self._streams[0]:
                     self._observe(0, deltas)
                     yield 0, deltas
                 return
-            async for prompt_index, deltas in _merged(self._streams):
+            async for prompt_index, deltas in self._arriving():
                 self._observe(prompt_index, deltas)
                 yield prompt_index, deltas
-        except Exception:
-            self._failed = True
+        except Exception as error:
+            self._note(error)
             raise
+
+    def _note(self, error: BaseException) -> None:
+        self._failed = isinstance(error, Exception)
+        if isinstance(error, DeadlineExceeded):
+            self._metrics.observe_deadline(error.param)
 
     def set_shortcut(self, take: Callable[[int, list[ChoiceDelta]], Awaitable[None] | None]) -> None:
         """Let `take` have what `deltas` would give, while its reader waits (see RequestStream); with one prompt only."""
