@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionNeeds, group_layers
@@ -48,6 +49,8 @@ from engine.step import KVGroupSpec
 
 Report = Callable[[str, str, float | None], None]
 
+MEMORY_WAIT_S = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
@@ -83,7 +86,9 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     """Load the model that `config` names. Raises OctavoError where it, or the context asked for, cannot be served."""
     phases = _Phases(report)
     limits = _limits(config)
+    earlier = config.earlier
     torch.set_num_threads(config.parallel.num_threads or usable_cores())
+    free_device_bytes = _wait_for_memory(config, limits, phases) if limits.on_gpu else 0
     kernels = _load_kernels(config, limits, phases)
     with phases.phase("resolve", config.model.model):
         folder = resolve_model(config.model, report)
@@ -98,7 +103,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         limits,
         estimate_kv_groups(hf_config.to_dict(), config.cache.block_size, kv_dtype.itemsize),
         free_bytes,
-        max_context(hf_config.get_text_config(decoder=True)),
+        earlier.max_model_len if earlier else max_context(hf_config.get_text_config(decoder=True)),
+        max(earlier.num_blocks) if earlier else None,
     )
     with phases.phase("load", f"{folder.name} as {_name(dtype)} on {limits.device}"):
         loaded = load_model(folder, config.model, limits.device, dtype, served_context=estimate.max_model_len)
@@ -111,7 +117,8 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     if limits.on_gpu:
         free_bytes = _measure_free_bytes(config, limits, shape, needs, backend, runner, phases)
     with phases.phase("allocate pages"):
-        kv_plan = _plan_pages(config, limits, groups, free_bytes, estimate.max_model_len)
+        blocks = earlier.num_blocks if earlier else None
+        kv_plan = _plan_pages(config, limits, groups, free_bytes, estimate.max_model_len, blocks)
         backend.allocate(kv_plan.num_blocks)
     with phases.phase("warm up"):
         runner.warm_up()
@@ -119,11 +126,17 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     notes = estimate.notes + kv_plan.notes
     if kernels is not None and config.model.quantization == "none":
         notes.append("--quantization int8 makes this CPU faster, at about 0.5% of perplexity (docs/performance.md)")
-    return core, _ready(config, limits, loaded, folder, kv_plan, notes, phases.seconds, backend.name)
+    ready = _ready(config, limits, loaded, folder, kv_plan, notes, phases.seconds, backend.name)
+    return core, msgspec.structs.replace(ready, free_device_bytes=free_device_bytes)
 
 
 def _plan_pages(
-    config: EngineConfig, limits: _Limits, groups: tuple[KVGroupSpec, ...], free_bytes: int, context: int
+    config: EngineConfig,
+    limits: _Limits,
+    groups: tuple[KVGroupSpec, ...],
+    free_bytes: int,
+    context: int,
+    num_kv_blocks: Sequence[int] | int | None = None,
 ) -> KVPlan:
     """Pages in free_bytes, for the context asked for, or the largest up to `context` that fits."""
     return plan_kv_cache(
@@ -134,8 +147,23 @@ def _plan_pages(
         model_context=context,
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens * (1 + limits.pipeline_depth),
-        num_kv_blocks=config.cache.num_kv_blocks,
+        num_kv_blocks=num_kv_blocks or config.cache.num_kv_blocks,
     )
+
+
+def _wait_for_memory(config: EngineConfig, limits: _Limits, phases: _Phases) -> int:
+    """Bytes free on the card before anything is loaded. A dead engine's memory comes back some time after its end: as much as
+    that one found is waited for, within reason, since others may have taken some meanwhile."""
+    free, total = torch.cuda.mem_get_info(limits.device)
+    if config.earlier is None:
+        return free
+    enough = config.earlier.free_device_bytes - total // 100
+    with phases.phase("wait for memory"):
+        deadline_s = time.monotonic() + MEMORY_WAIT_S
+        while free < enough and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+            free, _ = torch.cuda.mem_get_info(limits.device)
+    return free
 
 
 def _build_backend(config: EngineConfig, limits: _Limits, needs: AttentionNeeds, report: Report) -> AttentionBackend:

@@ -1,4 +1,5 @@
-"""EngineClient: a frontend's side of the border. Owns the open streams and their detokenizers, and aborts what is abandoned."""
+"""EngineClient: a frontend's side of the border. Owns the open streams and their detokenizers, aborts what is abandoned, and
+carries the open requests over to the next engine when one dies."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ import asyncio
 import itertools
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
-import zmq
 
+from engine.config import EarlierLife
+from engine.engine_connection import EngineConnection
 from engine.errors import EngineUnavailable, ModelLoadError, OctavoError, RequestFailed
 from engine.messages import (
     Abort,
@@ -23,26 +26,29 @@ from engine.messages import (
     EngineReady,
     EngineStats,
     FrontendMessage,
-    Hello,
     LoadProgress,
     Pooling,
     Refused,
+    RequestOutput,
+    ResetPrefixCache,
     Shutdown,
     StepOutputs,
 )
+from engine.open_requests import OpenRequests
 from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams
-from engine.supervisor import Supervisor
+from engine.step_probe import StepProbe
+from engine.supervisor import Death, Supervisor
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-State = Literal["starting", "ready", "failed", "stopping"]
+State = Literal["starting", "ready", "recovering", "failed", "stopping"]
 
-CONNECT_AGAIN_MS = 10  # the engine binds its address a moment after it was started, and loads once it has heard of us
-
-# Messages taken in before the streams get to write: as many steps go into one event of a frontend that is behind.
-MAX_MESSAGES_A_TURN = 16
+# An engine that dies idle so soon after it was ready gets nowhere, though its probe succeeded.
+SHORT_LIFE_S = 10.0
+ASK_AGAIN_S = 0.5
+OVERDUE_INTERVAL_S = 0.25
 
 
 class Embedding(NamedTuple):
@@ -56,28 +62,32 @@ class Embedding(NamedTuple):
 
 
 class EngineClient:
-    """One frontend's connection to one engine. `start` returns at once; `state` tells how far the engine is."""
+    """One frontend's connection to one engine after the other. `start` returns at once; `state` tells how far the engine is.
+
+    num_restarts: engines that took a dead one's place. stats: counters are sums over all engines, gauges the present one's.
+    """
 
     def __init__(self, supervisor: Supervisor, *, chat_template: str | None = None) -> None:
         self._supervisor = supervisor
         self._chat_template = chat_template
         self._client_id = secrets.token_hex(6)
         self._numbers = itertools.count(1)
-        self._streams: dict[str, RequestStream] = {}
+        self._open = OpenRequests()
         self._touched: dict[str, RequestStream] = {}
-        self._answers: dict[str, asyncio.Future[None]] = {}
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._changed = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._read_again: asyncio.Handle | None = None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._connection: EngineConnection | None = None
+        self._probe = StepProbe(self._new_id, self._send)
+        self._num_vain_starts = 0
+        self._ready_s = self._died_s = self._life_s = 0.0
+        self._restart: asyncio.Task[None] | None = None
+        self._load_failure: OctavoError | None = None
+        self._earlier_stats = EngineStats()
         self.state: State = "starting"
         self.progress: LoadProgress | None = None
         self.failure: OctavoError | None = None
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
+        self.num_restarts = 0
         self._tokenizer: Tokenizer | None = None
         self._eos_token_ids: frozenset[int] = frozenset()
         self.on_progress: Callable[[LoadProgress], None] = lambda progress: None
@@ -91,20 +101,17 @@ class EngineClient:
 
     async def start(self) -> None:
         """Start the engine process and connect to it."""
-        self._socket.setsockopt(zmq.IDENTITY, self._client_id.encode())
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.RCVHWM, 0)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, CONNECT_AGAIN_MS)
-        self._socket.connect(self._supervisor.address)
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket.fileno(), self._read)
-        self._send(Hello())
-        await self._supervisor.start(self._engine_ended)
+        await self._start_engine(None)
+
+    async def _start_engine(self, earlier: EarlierLife | None) -> None:
+        await self._supervisor.start(self._leave_engine, self._engine_died, earlier)
+        self._connection = EngineConnection(
+            self._supervisor.address, self._client_id, self._dispatch, self._deliver, self._reading_failed
+        )
 
     async def wait_until_ready(self) -> EngineReady:
         """Wait for the engine. Raises what kept it from starting."""
-        while self.state == "starting":
+        while self.state in ("starting", "recovering"):
             self._changed.clear()
             await self._changed.wait()
         if self.state != "ready" or self.ready is None:
@@ -113,18 +120,30 @@ class EngineClient:
 
     async def stop(self) -> None:
         """Fail what is open, and end the engine process."""
+        is_loading = self.state in ("starting", "recovering")
         if self.state != "failed":
             self.state = "stopping"
-        self._fail_all(EngineUnavailable("the server is shutting down"))
+        self._open.fail_all(EngineUnavailable("the server is shutting down"))
         self._send(Shutdown())
-        if self._supervisor.pid is not None and self.ready is None:
-            self._supervisor.kill()  # it is loading and reads no messages
+        if is_loading:
+            self._supervisor.kill()  # it reads no messages
+        if self._restart is not None:
+            await asyncio.gather(self._restart, return_exceptions=True)
         await self._supervisor.stop()
-        if self._loop is not None:
-            self._loop.remove_reader(self._socket.fileno())
-        if self._read_again is not None:
-            self._read_again.cancel()
-        self._context.destroy(linger=0)
+        if self._connection is not None:
+            self._connection.close()
+
+    async def can_step(self) -> bool:
+        """Whether the engine gets on: a step has completed a moment ago, or a small one does now (within a second)."""
+        if self.state != "ready" or not self._supervisor.is_well():
+            return False
+        return await self._probe.succeeds() or (self.stats.num_running > 0 and self._supervisor.is_well())
+
+    def reset_prefix_cache(self) -> None:
+        """Let no later request find its prefix among the pages of today. Raises EngineUnavailable while there is no engine."""
+        if self.state != "ready":
+            raise self._unavailable()
+        self._send(ResetPrefixCache())
 
     async def generate(
         self,
@@ -144,8 +163,7 @@ class EngineClient:
 
         Raises InvalidRequest where the engine refuses it, DeadlineExceeded where it is late already.
         """
-        if self.state != "ready":
-            raise self._unavailable()
+        self._check_open()
         choices = [
             Choice(
                 self.tokenizer.detokenizer(
@@ -183,8 +201,7 @@ class EngineClient:
 
         Raises InvalidRequest where the engine refuses it; RequestFailed, DeadlineExceeded, EngineUnavailable where it gives up.
         """
-        if self.state != "ready":
-            raise self._unavailable()
+        self._check_open()
         message = AddRequest(
             request_id=self._new_id(),
             prompt_token_ids=prompt_token_ids,
@@ -206,61 +223,43 @@ class EngineClient:
     def _new_id(self) -> str:
         return f"{self._client_id}:{next(self._numbers)}"
 
+    def _check_open(self) -> None:
+        if self.state not in ("ready", "recovering"):
+            raise self._unavailable()
+
     async def _submit(self, message: AddRequest, choices: list[Choice]) -> RequestStream:
-        request_id = message.request_id
-        stream = RequestStream(request_id, len(message.prompt_token_ids), choices, self._eos_token_ids, self._abandon)
-        answer = asyncio.get_running_loop().create_future()
-        self._streams[request_id] = stream
-        self._answers[request_id] = answer
-        self._send(message)
+        stream = RequestStream(message, choices, self._eos_token_ids, self._abandon)
+        answer = self._open.open(stream)
         try:
-            await answer
-        except BaseException:  # refused, or the caller was cancelled while waiting
-            self._abandon(request_id)
+            if self.state == "ready":
+                self._send(message)
+                await answer
+            else:  # it is sent with the others, once the next engine is ready
+                await asyncio.wait_for(answer, self._supervisor.recovery.new_request_wait_s)
+        except BaseException as error:  # refused, or the caller was cancelled while waiting
+            self._abandon(message.request_id)
+            if isinstance(error, TimeoutError):
+                raise self._unavailable() from None
             raise
         finally:
-            del self._answers[request_id]
+            self._open.answered(message.request_id)
         return stream
 
     @property
     def num_open_streams(self) -> int:
-        return len(self._streams)
+        return len(self._open.streams)
 
     def _abandon(self, request_id: str) -> None:
-        stream = self._streams.pop(request_id, None)
+        stream = self._open.streams.pop(request_id, None)
         if stream is not None and not stream.finished and self.state in ("ready", "stopping"):
             self._send(Abort(request_id))
 
     def _send(self, message: FrontendMessage) -> None:
-        # The socket has no high-water mark, so this never blocks.
-        self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
-        # Sending may take in, and so silence, the signal of a message that has come.
-        self._read_soon()
+        if self._connection is not None:
+            self._connection.send(message)
 
-    def _read_soon(self) -> None:
-        if self._read_again is None and self._loop is not None:
-            self._read_again = self._loop.call_soon(self._read)
-
-    def _read(self) -> None:
-        """Take in what has come. The socket's descriptor signals once for all messages, so they are read until there is none.
-
-        Streams hear of it at the end: all steps of a turn go into one event. A zmq.asyncio socket would need futures for every
-        message, and never let go while messages come in.
-        """
-        if self._read_again is not None:
-            self._read_again.cancel()
-            self._read_again = None
-        try:
-            for _ in range(MAX_MESSAGES_A_TURN):
-                self._dispatch(self._decoder.decode(self._socket.recv(zmq.NOBLOCK)))
-            self._read_soon()
-        except zmq.Again:
-            pass
-        except Exception as error:
-            # The loop would only log it: without this, every stream would wait for ever.
-            logger.exception("reading from the engine failed")
-            self._fail_engine(EngineUnavailable(f"reading from the engine failed: {error}"))
-        self._deliver()
+    def _reading_failed(self, error: Exception) -> None:
+        self._fail_engine(EngineUnavailable(f"reading from the engine failed: {error}"))
 
     def _deliver(self) -> None:
         touched, self._touched = self._touched, {}
@@ -273,43 +272,58 @@ class EngineClient:
                 if message.epoch == self._supervisor.epoch:
                     self._take(message)
             case Accepted():
-                self._answer(message.request_id, None)
+                self._open.accept(message.request_id)
             case Refused():
-                self._answer(message.request_id, message.error.to_exception())
+                self._refuse(message.request_id, message.error.to_exception())
             case LoadProgress():
                 self.progress = message
                 self.on_progress(message)
             case EngineReady():
                 self._become_ready(message)
             case EngineFailed():
-                self._fail_engine(message.error.to_exception())
+                self._load_failure = message.error.to_exception()
+                if self.ready is None:
+                    self._fail_engine(self._load_failure)
 
     def _take(self, message: StepOutputs) -> None:
         if message.stats is not None:
-            self.stats = message.stats
-        streams = self._streams
+            self.stats = message.stats.after(self._earlier_stats) if self.num_restarts else message.stats
+        streams, suspects = self._open.streams, self._open.suspects
+        if message.outputs:
+            self._probe.step_completed()
         for output in message.outputs:
             stream = streams.get(output.request_id)
             if stream is None:
-                continue  # abandoned while this was on its way
+                self._take_probe(output)
+                continue  # or abandoned while this was on its way
             self._touched[output.request_id] = stream
             stopped_choice = stream.take(output)
             if stopped_choice is not None:
                 self._send(Abort(output.request_id, stopped_choice))
             if stream.finished:
                 del streams[output.request_id]
+            if suspects and output.token_ids:
+                suspects.clear(output.request_id)
 
-    def _answer(self, request_id: str, error: OctavoError | None) -> None:
-        answer = self._answers.get(request_id)
-        if answer is None or answer.done():
-            return
-        if error is None:
-            answer.set_result(None)
+    def _refuse(self, request_id: str, error: OctavoError) -> None:
+        """An engine that takes many requests over at once may not take one now that the engine before it had taken."""
+        if self.num_restarts and isinstance(error, EngineUnavailable) and not self._open.is_awaited(request_id):
+            loop, epoch = asyncio.get_running_loop(), self._supervisor.epoch
+            loop.call_later(ASK_AGAIN_S, self._ask_again, request_id, epoch)
         else:
-            self._streams.pop(request_id, None)
-            answer.set_exception(error)
+            self._open.fail(request_id, error)
+
+    def _ask_again(self, request_id: str, epoch: int) -> None:
+        stream = self._open.streams.get(request_id)
+        if stream is not None and epoch == self._supervisor.epoch and self.state == "ready":
+            self._replay(stream)
+
+    # -- lives of the engine --------------------------------------------------------------------------------------------
 
     def _become_ready(self, ready: EngineReady) -> None:
+        if self.state == "recovering":
+            self._probe.send()  # its answer shows that this engine can complete a step
+            return
         try:
             self._tokenizer = Tokenizer.load(Path(ready.model_dir), chat_template=self._chat_template)
         except OctavoError as error:
@@ -317,30 +331,101 @@ class EngineClient:
             return
         self.ready = ready
         self._eos_token_ids = frozenset(ready.eos_token_ids)
+        self._enter_ready()
+
+    def _enter_ready(self) -> None:
         self.state = "ready"
+        self._ready_s = time.monotonic()
         self._changed.set()
 
-    def _engine_ended(self, returncode: int) -> None:
-        if self.state == "starting":
-            self._fail_engine(ModelLoadError(f"the engine process ended while loading (exit code {returncode})"))
-        elif self.state == "ready":
-            self._fail_engine(EngineUnavailable(f"the engine process died (exit code {returncode})"))
+    def _take_probe(self, output: RequestOutput) -> None:
+        if self._probe.take(output) and self.state == "recovering":
+            self._resume()
+
+    def _resume(self) -> None:
+        """The new engine is ready: it goes on with every open request, in the order in which they came."""
+        logger.info(
+            "the engine is ready again, %.2f s after the last one's death; %d requests go on",
+            time.monotonic() - self._died_s,
+            len(self._open.streams),
+        )
+        self._enter_ready()
+        for stream in list(self._open.streams.values()):
+            self._replay(stream)
+
+    def _replay(self, stream: RequestStream) -> None:
+        self._send(stream.replay(alone=self._open.suspects.runs_alone(stream.request_id)))
+
+    def _leave_engine(self) -> None:
+        """Hear no more of the present engine: it has died, or is about to be killed."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self.state == "ready":
+            self.state = "recovering"
+            self._died_s = time.monotonic()
+            self._life_s = self._died_s - self._ready_s
+
+    def _engine_died(self, death: Death) -> None:
+        if self.state in ("failed", "stopping"):
+            return
+        if self._connection is not None:
+            self._connection.read_rest()
+        self._leave_engine()
+        ready = self.ready
+        if ready is None:
+            self._fail_engine(self._load_failure or ModelLoadError(f"{death.cause} while it was loading"))
+            return
+        self._probe.forget()
+        cause = f"{death.cause}: {self._load_failure.message}" if self._load_failure else death.cause
+        self._load_failure = None
+        self._count_vain_start(death)
+        if death.is_final:
+            self._fail_engine(EngineUnavailable(cause))
+        elif self._num_vain_starts >= (most := self._supervisor.recovery.max_vain_starts):
+            sentence = f"the engine died {most} times in a row without completing a step; the last time {cause}"
+            self._fail_engine(EngineUnavailable(sentence))
+        else:
+            logger.error("%s; it is started again, with %d open requests", cause, len(self._open.streams))
+            for request_id in self._open.blame(death.request_ids):
+                logger.error("request %s is given up: the engine died over it again and again", request_id)
+            self._start_next(ready)
+
+    def _count_vain_start(self, death: Death) -> None:
+        """A life was in vain where it ended before a step, or soon after the probe's, with nobody to blame for it."""
+        num_probes = 1 if self.num_restarts else 0
+        got_on = death.num_completed > num_probes or death.request_ids or self._life_s > SHORT_LIFE_S
+        self._num_vain_starts = 0 if self._life_s and got_on else self._num_vain_starts + 1
+        self._life_s = 0.0
+
+    def _start_next(self, ready: EngineReady) -> None:
+        self.num_restarts += 1
+        self.progress = None
+        self._earlier_stats = msgspec.structs.replace(self.stats, num_running=0)
+        self.stats = msgspec.structs.replace(
+            self.stats, num_running=0, num_waiting=len(self._open.streams), num_referenced_blocks=0
+        )
+        if self._restart is not None:
+            self._restart.cancel()
+        self._restart = asyncio.create_task(self._restart_engine(ready))
+
+    async def _restart_engine(self, ready: EngineReady) -> None:
+        """Start an engine that is like the last one, and end what runs out of time until it is ready."""
+        earlier = EarlierLife(ready.num_blocks, ready.max_model_len, ready.free_device_bytes)
+        try:
+            await self._start_engine(earlier)
+        except OSError as error:
+            self._fail_engine(EngineUnavailable(f"the engine process cannot be started again: {error}"))
+        while self.state == "recovering":
+            await asyncio.sleep(OVERDUE_INTERVAL_S)
+            self._open.end_overdue()
 
     def _fail_engine(self, error: OctavoError) -> None:
         if self.state == "failed":
             return
         self.state, self.failure = "failed", error
-        self._fail_all(RequestFailed(f"the request was lost: {error.message}"))
+        self._open.fail_all(RequestFailed(f"the request was lost: {error.message}"))
         self._changed.set()
-
-    def _fail_all(self, error: OctavoError) -> None:
-        for stream in self._streams.values():
-            stream.fail(error)
-            stream.deliver()
-        self._streams.clear()
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(error)
 
     def _unavailable(self) -> OctavoError:
         if self.failure is not None:
@@ -348,4 +433,5 @@ class EngineClient:
         if self.state == "stopping":
             return EngineUnavailable("the server is shutting down")
         phase = f" ({self.progress.phase})" if self.progress else ""
-        return EngineUnavailable(f"the engine is still starting{phase}; try again in a few seconds")
+        doing = "being started again" if self.state == "recovering" else "still starting"
+        return EngineUnavailable(f"the engine is {doing}{phase}; try again in a few seconds")

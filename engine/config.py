@@ -152,11 +152,44 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         )
 
 
+class EarlierLife(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the first engine of a server decided at load, which one that takes its place is to have as well.
+
+    num_blocks: pages by KV group. free_device_bytes: what the card had free before the load; waited for until the dead engine's
+    memory has come back. 0 on a CPU.
+    """
+
+    num_blocks: list[int]
+    max_model_len: int
+    free_device_bytes: int = 0
+
+
+class RecoveryConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """When an engine counts as stuck, and how its death is got over; for the parent, never sent to the engine.
+
+    step_timeout_s: what a step may take, or ten times what its tokens should take, if that is more. new_request_wait_s: how
+    long a request that comes while the engine is being restarted waits for it. max_vain_starts: engines in a row that die
+    before they have completed a step, after which the server ends.
+    """
+
+    step_timeout_s: float = 15.0
+    new_request_wait_s: float = 60.0
+    max_vain_starts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("step_timeout_s", "new_request_wait_s"):
+            value = getattr(self, name)
+            _require(0 < value <= 86400, name, f"{name} must be above 0 and at most 86400 seconds, got {value}")
+        _require(
+            self.max_vain_starts >= 1, "max_vain_starts", f"max_vain_starts must be at least 1, got {self.max_vain_starts}"
+        )
+
+
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything the engine process is started with.
 
     cuda_graphs: whether decode steps on a GPU are captured and replayed. cpu_kernels: whether a CPU uses the kernels compiled
-    for it; otherwise plain torch does everything.
+    for it; otherwise plain torch does everything. earlier: what to take over from the engine whose place this one takes.
     """
 
     model: ModelConfig = ModelConfig()
@@ -167,6 +200,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     attention_backend: str = "auto"
     cuda_graphs: bool = True
     cpu_kernels: bool = True
+    earlier: EarlierLife | None = None
 
     def __post_init__(self) -> None:
         _require(self.device in DEVICES, "device", f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
+from engine.crash_points import ArmedCrashPoint
 from engine.deadlines import overdue
 from engine.errors import ContextLengthExceeded, InvalidRequest, OctavoError, OutOfDeviceMemory
+from engine.flight_recorder import FlightRecorder
 from engine.grammar_compiler import GrammarCompiler
 from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.request import Request
@@ -97,6 +99,13 @@ class EngineCore:
         self._in_flight: deque[PendingOutput] = deque()
         self._step_seconds = 0.0
         self._clock = StepClock()
+        self._recorder: FlightRecorder | None = None
+        self._crash_point: ArmedCrashPoint | None = None
+
+    def watch(self, recorder: FlightRecorder, crash_point: ArmedCrashPoint | None = None) -> None:
+        """Tell the recorder of every step; die at the crash point, in a test that has armed one."""
+        self._recorder = recorder
+        self._crash_point = crash_point
 
     def add(self, message: AddRequest) -> bool:
         """Queue a request. False: it waits for its grammar, and `take_compiled` will tell. Raises InvalidRequest or
@@ -152,7 +161,7 @@ class EngineCore:
                     seed=choice_seed(sampling.seed, i),
                     stop_token_ids=stop_token_ids,
                     cache_salt=message.cache_salt,
-                    wants_prompt_logprobs=sampling.prompt_logprobs is not None and i == 0,
+                    wants_prompt_logprobs=sampling.prompt_logprobs is not None and i == 0 and not replayed[0],
                     priority=message.priority,
                     pooling=message.pooling,
                     matcher=_matcher(sampling, grammar, replayed[i]),
@@ -161,6 +170,7 @@ class EngineCore:
                     deadline_s=message.deadline_s,
                 )
                 for i in range(sampling.n)
+                if i not in message.finished_choices
             ]
         )
 
@@ -202,6 +212,10 @@ class EngineCore:
             self._compiling.pop(request_id, None)
         self._scheduler.abort(request_id, choice_index)
 
+    def reset_prefix_cache(self) -> None:
+        """Let no later request find its prefix among the pages of today."""
+        self._scheduler.kv_cache.reset_prefix_cache()
+
     @property
     def has_work(self) -> bool:
         return self._scheduler.has_unfinished or bool(self._in_flight)
@@ -212,6 +226,7 @@ class EngineCore:
         outputs = self._scheduler.expire()
         plan = self._scheduler.schedule()
         if plan is not None:
+            self._tell_plan(plan)
             try:
                 if self._scheduler.matchers():
                     self._launch_masked(plan, started, outputs)
@@ -222,6 +237,8 @@ class EngineCore:
             except OutOfDeviceMemory as error:
                 logger.warning("out of memory: %s", error.message)
                 outputs += self._scheduler.roll_back()
+                if self._recorder is not None:
+                    self._recorder.withdrawn()
                 plan = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._pipeline_depth):
             outputs += self._take_result()
@@ -231,7 +248,19 @@ class EngineCore:
     def _take_result(self) -> list[RequestOutput]:
         result = self._in_flight.popleft().wait()
         self._clock.finished()
-        return self._scheduler.update(result)
+        if self._crash_point is not None:
+            self._crash_point.reached("after_sampling")
+        outputs = self._scheduler.update(result)
+        if self._recorder is not None:
+            self._recorder.completed()
+        return outputs
+
+    def _tell_plan(self, plan: SchedulerOutput) -> None:
+        if self._recorder is not None:
+            self._recorder.launching(plan, self._scheduler.step_request_ids)
+        if self._crash_point is not None:
+            self._crash_point.planned(plan)
+            self._crash_point.reached("before_step")
 
     def _launch_masked(self, plan: SchedulerOutput, started: float, outputs: list[RequestOutput]) -> None:
         """Launch a step of which some rows depend on the tokens before, and make their masks while the device computes. Tokens

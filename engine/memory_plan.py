@@ -74,14 +74,17 @@ def plan_kv_cache(
     model_context: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    num_kv_blocks: int | None = None,
+    num_kv_blocks: int | Sequence[int] | None = None,
 ) -> KVPlan:
     """Pages for each group and the context they serve.
 
     free_bytes: for pages. max_model_len: None serves the largest context that fits. model_context: tokens the model knows.
-    num_kv_blocks: pages of every group, instead of what free_bytes would give. There are never more pages than max_num_seqs
-    sequences of the whole context could use. Raises ConfigError where the asked context, or any context, does not fit.
+    num_kv_blocks: pages of every group, or a number for each of them, instead of what free_bytes would give. There are never
+    more pages than max_num_seqs sequences of the whole context could use. Raises ConfigError where the asked context, or any
+    context, does not fit.
     """
+    if isinstance(num_kv_blocks, int):
+        num_kv_blocks = [num_kv_blocks] * len(groups)
     need = _Need(tuple(groups), block_size, max_num_batched_tokens)
     if max_model_len is not None and max_model_len > model_context:
         raise ConfigError(
@@ -89,7 +92,7 @@ def plan_kv_cache(
         )
     wanted = max_model_len or model_context
     fitting = _largest_fitting(need, wanted, free_bytes, num_kv_blocks)
-    room = f"{num_kv_blocks} KV blocks" if num_kv_blocks is not None else f"{_megabytes(free_bytes)} for the KV cache"
+    room = f"{min(num_kv_blocks)} KV blocks" if num_kv_blocks is not None else f"{_megabytes(free_bytes)} for the KV cache"
     if fitting == 0:
         raise ConfigError(
             f"{room} hold no sequence at all: one page of {block_size} tokens takes {_megabytes(need.bytes(1))}; "
@@ -103,7 +106,7 @@ def plan_kv_cache(
     notes = []
     if fitting < wanted:
         notes.append(f"serving a context of {fitting} of the model's {model_context} tokens: {room} hold no more")
-    num_blocks = [num_kv_blocks] * len(need.groups) if num_kv_blocks else _share_out(need, fitting, max_num_seqs, free_bytes)
+    num_blocks = list(num_kv_blocks) if num_kv_blocks else _share_out(need, fitting, max_num_seqs, free_bytes)
     deciding = [count for group, count in zip(need.groups, num_blocks, strict=True) if group.window is None] or num_blocks
     return KVPlan(
         num_blocks=num_blocks,
@@ -114,12 +117,12 @@ def plan_kv_cache(
     )
 
 
-def _largest_fitting(need: _Need, longest: int, free_bytes: int, num_kv_blocks: int | None) -> int:
+def _largest_fitting(need: _Need, longest: int, free_bytes: int, num_kv_blocks: Sequence[int] | None) -> int:
     """The largest length in 0 .. longest of which one sequence fits; what a sequence needs never falls with its length."""
 
     def fits(num_tokens: int) -> bool:
         if num_kv_blocks is not None:
-            return all(need.blocks(group, num_tokens) <= num_kv_blocks for group in need.groups)
+            return all(need.blocks(group, num_tokens) <= n for group, n in zip(need.groups, num_kv_blocks, strict=True))
         return need.bytes(num_tokens) <= free_bytes
 
     low, high = 0, longest

@@ -1,7 +1,7 @@
 """What crosses the border between frontend and engine process: msgpack structs over ZMQ, nothing else.
 
-Frontend -> engine: Hello, AddRequest, Abort, Shutdown.  Engine -> frontend: LoadProgress, EngineReady, EngineFailed,
-Accepted, Refused, StepOutputs.  The first message about a request is Accepted or Refused.
+Frontend -> engine: Hello, AddRequest, Abort, ResetPrefixCache, Shutdown.  Engine -> frontend: LoadProgress, EngineReady,
+EngineFailed, Accepted, Refused, StepOutputs.  The first message about a request is Accepted or Refused.
 """
 
 from __future__ import annotations
@@ -35,14 +35,36 @@ class ErrorInfo(msgspec.Struct, frozen=True):
         return kind(self.message, param=self.param, code=self.code, retry_after_s=self.retry_after_s)
 
 
+CrashPlace = Literal["loading", "before_step", "after_sampling", "after_sending"]
+CrashKind = Literal["kill", "segfault", "exit", "cuda_error", "memory_error", "hang", "spin"]
+
+
+class CrashPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a test lets the engine die. place: where; at the `step`-th time (from 1) that the engine comes by. kind: how;
+    "hang" sleeps for ever, "spin" keeps the interpreter to itself as well.
+
+    epochs: in which lives of the engine; None in all. token_id: counts only steps that begin with a prompt that has this token.
+    """
+
+    place: CrashPlace
+    kind: CrashKind
+    step: int = 1
+    epochs: tuple[int, ...] | None = (1,)
+    token_id: int | None = None
+
+
 class Launch(msgspec.Struct, frozen=True):
     """What the parent writes to the engine's stdin, one line of JSON. address: the ZMQ endpoint to bind; epoch: which life of
-    the engine this is, counted by the supervisor; started_s: time.monotonic(), which all processes share, at its start."""
+    the engine this is, counted by the supervisor; started_s: time.monotonic(), which all processes share, at its start.
+    flight_path: the file of the flight recorder. stack_path: where the stacks go that the parent asks for with SIGUSR1."""
 
     address: str
     epoch: int
     started_s: float
     config: EngineConfig
+    flight_path: str
+    stack_path: str
+    crash_point: CrashPoint | None = None
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -81,6 +103,10 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     choice_index: int | None = None
 
 
+class ResetPrefixCache(msgspec.Struct, tag=True, frozen=True):
+    """Forget what the pages hold: no later request finds its prefix until it is computed again. Pages in use stay in use."""
+
+
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
     """Leave the loop and exit 0."""
 
@@ -98,7 +124,8 @@ class EngineReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
 
     model_dir: local folder with config and tokenizer, read by the frontend. eos_token_ids: union of config and
     generation config. generation_defaults: the model's sampling defaults (empty with `--generation-config none`).
-    num_blocks: pages by KV group. load_seconds: phase -> seconds.
+    num_blocks: pages by KV group. load_seconds: phase -> seconds. free_device_bytes: of a card, before anything was loaded; 0
+    on a CPU.
     """
 
     model_dir: str
@@ -119,6 +146,7 @@ class EngineReady(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     generation_defaults: dict[str, Any]
     load_seconds: dict[str, float]
     notes: list[str]
+    free_device_bytes: int = 0
 
 
 class EngineFailed(msgspec.Struct, tag=True, frozen=True):
@@ -188,6 +216,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     recomputed_tokens: int = 0
 
+    def after(self, earlier: EngineStats) -> EngineStats:
+        """With the counters of the engines before this one added."""
+        sums = {name: getattr(earlier, name) + getattr(self, name) for name in _COUNTERS}
+        return msgspec.structs.replace(self, **sums)
+
+
+_COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if not name.startswith("num_"))
+
 
 class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Everything one step has for one frontend. epoch: which life of the engine it came from."""
@@ -197,5 +233,5 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     stats: EngineStats | None = None
 
 
-FrontendMessage = Hello | AddRequest | Abort | Shutdown
+FrontendMessage = Hello | AddRequest | Abort | ResetPrefixCache | Shutdown
 EngineMessage = LoadProgress | EngineReady | EngineFailed | Accepted | Refused | StepOutputs

@@ -1,11 +1,14 @@
 """The engine process: `python -m engine.process`, started by the supervisor, which writes one line of JSON to its stdin.
 
 A ROUTER socket takes messages from frontends and gives each back what is its own. stdin stays open as the sign of life of the
-parent: when it closes, the process ends at once, whatever it is doing.
+parent: when it closes, the process ends at once, whatever it is doing. An error that nobody expected ends it as well: after a
+CUDA error nothing on the device can be trusted, and the parent starts an engine that goes on with the open requests.
 """
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -15,13 +18,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import zmq
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.crash_points import ArmedCrashPoint
 from engine.errors import ModelLoadError, OctavoError
+from engine.flight_recorder import FlightRecorder
 from engine.messages import (
     Abort,
     Accepted,
@@ -36,9 +43,12 @@ from engine.messages import (
     LoadProgress,
     Refused,
     RequestOutput,
+    ResetPrefixCache,
     Shutdown,
     StepOutputs,
 )
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[str, str, float | None], None]
 BuildEngine = Callable[[EngineConfig, Report], tuple[EngineCore, EngineReady]]
@@ -49,6 +59,8 @@ COMPILING_POLL_MS = 2  # without other work: a request waits for its grammar
 SPARE_POLL_MS = 1  # while the device is busy: after this it is looked at again, for it may be done early
 QUIET_MS = 10
 STATS_INTERVAL_S = 0.25
+EXIT_BY_ERROR = 70
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class FrontendSocket:
@@ -96,12 +108,22 @@ def frontend_of(request_id: str) -> bytes:
 
 
 class EngineLoop:
-    """Messages in, steps, outputs out, until a Shutdown."""
+    """Messages in, steps, outputs out, until a Shutdown. recorder: told what goes on; crash_point: for tests."""
 
-    def __init__(self, core: EngineCore, socket: FrontendSocket, epoch: int) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        socket: FrontendSocket,
+        epoch: int,
+        *,
+        recorder: FlightRecorder | None = None,
+        crash_point: ArmedCrashPoint | None = None,
+    ) -> None:
         self._core = core
         self._socket = socket
         self._epoch = epoch
+        self._recorder = recorder
+        self._crash_point = crash_point
         self._stopping = False
         self._idle_poll_ms = 0
         self._stats_sent_s = 0.0
@@ -113,6 +135,8 @@ class EngineLoop:
     def turn(self) -> None:
         """Take what has arrived, make a step if there is work, and send what became known. Without work the runner may use the
         time, a piece a turn, so that a request waits for one piece at most."""
+        if self._recorder is not None:
+            self._recorder.turn()
         was_busy = self._core.has_work
         spare_ms = min(SPARE_POLL_MS, int(1e3 * self._core.spare_s()))
         idle_ms = COMPILING_POLL_MS if self._core.is_compiling else self._idle_poll_ms
@@ -132,22 +156,33 @@ class EngineLoop:
         now = time.monotonic()
         if outputs or was_busy != self._core.has_work or now - self._stats_sent_s >= STATS_INTERVAL_S:
             self._send(outputs, with_stats=now - self._stats_sent_s >= STATS_INTERVAL_S or not self._core.has_work)
+            if outputs and self._crash_point is not None:
+                self._crash_point.reached("after_sending")
 
     def _handle(self, message: FrontendMessage) -> None:
         match message:
             case AddRequest():
-                try:
-                    if self._core.add(message):
-                        self._reply(message.request_id, None)
-                except OctavoError as error:
-                    self._reply(message.request_id, error)
+                self._add(message)
             case Abort():
                 self._core.abort(message.request_id, message.choice_index)
                 self._stats_sent_s = 0.0  # what it held is free: say so with the next message
+            case ResetPrefixCache():
+                self._core.reset_prefix_cache()
             case Shutdown():
                 self._stopping = True
             case Hello():
                 pass
+
+    def _add(self, message: AddRequest) -> None:
+        if self._recorder is not None:
+            self._recorder.handling(message.request_id)
+        try:
+            if self._core.add(message):
+                self._reply(message.request_id, None)
+        except OctavoError as error:
+            self._reply(message.request_id, error)
+        if self._recorder is not None:
+            self._recorder.handling("")
 
     def _reply(self, request_id: str, error: OctavoError | None) -> None:
         reply = Accepted(request_id) if error is None else Refused(request_id, ErrorInfo.of(error))
@@ -172,7 +207,12 @@ class EngineLoop:
 
 
 def end_with_parent(stdin: int) -> None:
-    """End this process as soon as the parent's end of stdin (a descriptor) closes, also in the middle of a load."""
+    """End this process as soon as the parent's end of stdin (a descriptor) closes, also in the middle of a load.
+
+    On Linux the kernel is asked to see to it as well, which no library that keeps the interpreter to itself can hold up.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         # Not through sys.stdin: a thread that holds its lock makes the interpreter abort at exit.
@@ -199,6 +239,10 @@ def run(build_engine: BuildEngine) -> int:
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     python_s = time.monotonic() - launch.started_s
     end_with_parent(sys.stdin.fileno())
+    recorder = FlightRecorder(Path(launch.flight_path))
+    recorder.start_beating()
+    tell_stacks(launch.stack_path)
+    crash_point = None if launch.crash_point is None else ArmedCrashPoint(launch.crash_point, launch.epoch)
     socket = FrontendSocket(launch.address)
     while not socket.frontends:
         socket.receive(IDLE_POLL_MS)
@@ -207,6 +251,8 @@ def run(build_engine: BuildEngine) -> int:
         socket.broadcast(LoadProgress(phase, detail, fraction))
 
     try:
+        if crash_point is not None:
+            crash_point.reached("loading")
         core, ready = build_engine(launch.config, report)
     except OctavoError as error:
         socket.broadcast(EngineFailed(ErrorInfo.of(error)))
@@ -216,18 +262,34 @@ def run(build_engine: BuildEngine) -> int:
         sentence = f"the model could not be loaded: {type(error).__name__}: {error}"
         socket.broadcast(EngineFailed(ErrorInfo.of(ModelLoadError(sentence))))
         socket.close()
-        raise
+        die_of(error)
     # What is loaded stays, and is not to be looked at in the middle of somebody's tokens.
     gc.collect()
     gc.freeze()
     gc.enable()
+    core.watch(recorder, crash_point)
+    recorder.serving()
     socket.broadcast(_with_phases(ready, {"python": python_s}))
     try:
-        EngineLoop(core, socket, launch.epoch).run()
-    finally:
-        core.close()
+        EngineLoop(core, socket, launch.epoch, recorder=recorder, crash_point=crash_point).run()
+    except BaseException as error:
+        die_of(error)
+    core.close()
     socket.close()
     return 0
+
+
+def tell_stacks(path: str) -> None:
+    """Write the stacks of all threads to a file when SIGUSR1 asks for them, and to stderr when this process dies of a fault."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, os.open(path, os.O_WRONLY | os.O_CREAT), all_threads=True)
+
+
+def die_of(error: BaseException) -> NoReturn:
+    """Log an error that nobody expected and end at once: what is in order otherwise, destructors and threads, may hang now."""
+    logger.critical("the engine ends by an error: %s", type(error).__name__, exc_info=error)
+    logging.shutdown()
+    os._exit(EXIT_BY_ERROR)
 
 
 def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, EngineReady]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 
 import msgspec
 
+from engine.deadlines import FIRST_TOKEN, WHOLE
 from engine.detokenizer import Detokenizer
 from engine.errors import OctavoError
-from engine.messages import RequestOutput, TokenLogprobs
+from engine.messages import AddRequest, RequestOutput, TokenLogprobs
 
 
 class ChoiceDelta(msgspec.Struct, gc=False):
@@ -47,13 +49,14 @@ class ChoiceDelta(msgspec.Struct, gc=False):
 
 
 class Choice:
-    """What the frontend knows of one choice: its text so far lives in the detokenizer."""
+    """What the frontend knows of one choice: its text so far lives in the detokenizer. token_ids: its output so far, for an
+    engine that is to go on with it (four bytes each; as a list they would take nine times that)."""
 
-    __slots__ = ("detokenizer", "finished", "num_tokens")
+    __slots__ = ("detokenizer", "finished", "token_ids")
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self.detokenizer = detokenizer
-        self.num_tokens = 0
+        self.token_ids = array("i")
         self.finished = False
 
 
@@ -71,15 +74,16 @@ class RequestStream:
 
     def __init__(
         self,
-        request_id: str,
-        num_prompt_tokens: int,
+        message: AddRequest,
         choices: list[Choice],
         eos_token_ids: frozenset[int],
         abort: Callable[[str], None],
     ) -> None:
-        self.request_id = request_id
-        self.num_prompt_tokens = num_prompt_tokens
+        """message: the request as it was made, kept for `replay`."""
+        self.request_id = message.request_id
+        self.num_prompt_tokens = len(message.prompt_token_ids)
         self.finished = False
+        self._message = message
         self.shortcut: Callable[[list[ChoiceDelta]], Awaitable[None] | None] | None = None
         self._choices = choices
         self._num_unfinished = len(choices)
@@ -101,18 +105,18 @@ class RequestStream:
         choice = self._choices[output.choice_index]
         if choice.finished:
             return None  # tokens that were on their way when a stop string ended it
-        token_ids, logprobs = output.token_ids, output.logprobs
-        if skip := choice.num_tokens - output.first_token_index:
+        token_ids, logprobs, num_known = output.token_ids, output.logprobs, len(choice.token_ids)
+        if skip := num_known - output.first_token_index:
             assert skip > 0, "the engine left out a token"
             token_ids = token_ids[skip:]
             logprobs = None if logprobs is None else logprobs[skip:]
-        choice.num_tokens += len(token_ids)
+        choice.token_ids.extend(token_ids)
         if output.finish_reason is None and len(token_ids) == 1 and choice.detokenizer.is_plain:
             delta = ChoiceDelta(output.choice_index, choice.detokenizer.push(token_ids[0]), token_ids, logprobs)
             stopped = False
         else:
             delta, stopped = self._read(choice, output, token_ids, logprobs)
-        if output.first_token_index == 0:
+        if not num_known:
             delta.prompt_logprobs = output.prompt_logprobs
             delta.num_cached_tokens = output.num_cached_tokens
             delta.queue_s, delta.prefill_s = output.queue_s, output.prefill_s
@@ -144,6 +148,25 @@ class RequestStream:
         stop_reason = None if output.stop_token_id in self._eos_token_ids else output.stop_token_id
         text_now = text.text + rest
         return ChoiceDelta(output.choice_index, text_now, token_ids, logprobs, output.finish_reason, stop_reason), False
+
+    def replay(self, *, alone: bool) -> AddRequest:
+        """The request as an engine is told it that knows nothing of it, to go on after the last token that came. alone: see
+        AddRequest."""
+        token_ids = [choice.token_ids.tolist() for choice in self._choices]
+        has_tokens = any(token_ids)
+        return msgspec.structs.replace(
+            self._message,
+            output_token_ids=token_ids if has_tokens else [],
+            finished_choices=[index for index, choice in enumerate(self._choices) if choice.finished],
+            first_token_deadline_s=None if has_tokens else self._message.first_token_deadline_s,
+            alone=alone,
+        )
+
+    def deadlines(self) -> list[tuple[str, float]]:
+        """(kind, time.monotonic()) of those that still hold."""
+        first = None if any(choice.token_ids for choice in self._choices) else self._message.first_token_deadline_s
+        kinds = ((FIRST_TOKEN, first), (WHOLE, self._message.deadline_s))
+        return [(kind, at_s) for kind, at_s in kinds if at_s is not None]
 
     def fail(self, error: OctavoError) -> None:
         """End the stream with an error, after what has arrived."""

@@ -1,10 +1,13 @@
-"""Supervisor: starts the engine process, knows its epoch, notices its end and ends it."""
+"""Supervisor: starts the engine process, knows its epoch, notices its end, ends it, and kills it where it is stuck."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -12,43 +15,86 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
+import psutil
 
-from engine.config import EngineConfig
-from engine.messages import Launch
+from engine.config import EarlierLife, EngineConfig, RecoveryConfig
+from engine.flight_recorder import Flight, FlightReader
+from engine.messages import CrashPoint, Launch
+from engine.watchdog import LOOK_INTERVAL_S, Watchdog
+
+logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
 STOP_TIMEOUT_S = 5.0
+STACK_TIMEOUT_S = 1.0
+KILL_TIMEOUT_S = 30.0  # a process in the middle of a driver's call ends when that does
 # OpenMP reads this once, when torch loads. By default its threads spin for milliseconds at every barrier, which takes the cores
 # from the frontend and, on a machine that does anything else, from each other: a decode step of 8 sequences then took 150 to
 # 5,000 ms on two cores instead of 35. Spinning briefly keeps those 35 ms; sleeping at once (PASSIVE) makes it 65.
 OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "5000"}
 
 
-class Supervisor:
-    """One engine process. `on_exit(returncode)` is called when it ends without having been asked to.
+class Death(msgspec.Struct, frozen=True):
+    """How one life of the engine ended. cause: in words. request_ids: of the steps that were running. num_completed: steps.
 
-    address: the ZMQ endpoint that the engine binds. epoch: counts the engine's lives, from 1.
+    is_final: the process could not be ended, so that none can take its place.
     """
 
-    def __init__(self, config: EngineConfig, *, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    cause: str
+    request_ids: list[str]
+    num_completed: int
+    is_final: bool = False
+
+
+class Supervisor:
+    """One engine process at a time, each with an address and files of its own.
+
+    epoch: counts the engine's lives, from 1. crash_point: for tests.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        recovery: RecoveryConfig | None = None,
+        crash_point: CrashPoint | None = None,
+    ) -> None:
         self._config = config
         self._command = command
+        self.recovery = recovery or RecoveryConfig()
+        self._crash_point = crash_point
         # A short path: the kernel allows a socket's name about a hundred characters.
-        self._folder = tempfile.mkdtemp(prefix="octavo-")
-        self.address = f"ipc://{self._folder}/engine"
+        self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))
         self.epoch = 0
         self._process: asyncio.subprocess.Process | None = None
+        self._flight: FlightReader | None = None
+        self._watchdog = Watchdog(self.recovery.step_timeout_s)
         self._watch: asyncio.Task[None] | None = None
         self._stopping = False
+
+    @property
+    def address(self) -> str:
+        """The ZMQ endpoint that the present engine binds."""
+        return f"ipc://{self._folder}/engine-{self.epoch}"
 
     @property
     def pid(self) -> int | None:
         """The engine's process id while it runs."""
         return self._process.pid if self._process and self._process.returncode is None else None
 
-    async def start(self, on_exit: Callable[[int], None]) -> None:
-        """Start the engine. It inherits stderr, and reads its configuration from stdin, which stays open while we live."""
+    async def start(
+        self, on_stuck: Callable[[], None], on_death: Callable[[Death], None], earlier: EarlierLife | None = None
+    ) -> None:
+        """Start an engine. It inherits stderr, and reads its configuration from stdin, which stays open while we live.
+
+        on_stuck: called before a stuck engine is killed: nothing it may still say counts. on_death: called when it has ended
+        without having been asked to. earlier: what it takes over from the one before.
+        """
         self.epoch += 1
+        self._remove_files(self.epoch - 1)
+        self._flight = FlightReader(self._file("flight"))
+        self._watchdog = Watchdog(self.recovery.step_timeout_s)
         root = str(Path(__file__).parent.parent)
         started_s = time.monotonic()
         python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -59,21 +105,96 @@ class Supervisor:
             env={**OPENMP_DEFAULTS, **os.environ, "PYTHONPATH": python_path},
         )
         self._process = process
+        if self._stopping:  # meanwhile
+            process.kill()
+        launch = Launch(
+            address=self.address,
+            epoch=self.epoch,
+            started_s=started_s,
+            config=msgspec.structs.replace(self._config, earlier=earlier),
+            flight_path=str(self._file("flight")),
+            stack_path=str(self._file("stack")),
+            crash_point=self._crash_point,
+        )
         assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(Launch(self.address, self.epoch, started_s, self._config)) + b"\n")
-        await process.stdin.drain()
-        self._watch = asyncio.create_task(self._wait(process, on_exit))
+        with contextlib.suppress(ConnectionError):  # it has ended already, which will be noticed
+            process.stdin.write(msgspec.json.encode(launch) + b"\n")
+            await process.stdin.drain()
+        self._watch = asyncio.create_task(self._watch_over(process, on_stuck, on_death))
 
-    async def _wait(self, process: asyncio.subprocess.Process, on_exit: Callable[[int], None]) -> None:
-        returncode = await process.wait()
-        if not self._stopping:
-            on_exit(returncode)
+    def flight(self) -> Flight | None:
+        """What the engine's recorder says now; None before the first start."""
+        return self._flight.read() if self._flight else None
+
+    def is_well(self) -> bool:
+        """Whether the process shows signs of life and its step is within half of what it may take."""
+        flight = self.flight()
+        if flight is None or self.pid is None:
+            return False
+        silence_s = time.monotonic() - flight.beat_s
+        return silence_s < READY_BEAT_S and time.monotonic() - flight.turn_s < self._watchdog.step_limit_s(flight) / 2
+
+    async def _watch_over(
+        self, process: asyncio.subprocess.Process, on_stuck: Callable[[], None], on_death: Callable[[Death], None]
+    ) -> None:
+        """Until the process ends; that is noticed at once, and whether it is stuck at intervals."""
+        assert self._flight is not None
+        flight, stuck, is_final = self._flight, None, False
+        ended = asyncio.ensure_future(process.wait())
+        while not ended.done():
+            await asyncio.wait({ended}, timeout=LOOK_INTERVAL_S)
+            if ended.done() or self._stopping:
+                continue
+            stuck = self._watchdog.look(flight.read(), time.monotonic(), is_stopped=_is_stopped(process.pid))
+            if stuck is not None:
+                logger.error("%s; it is killed", stuck)
+                on_stuck()
+                await self._ask_for_stack(process.pid)
+                self._send_signal(process.pid, signal.SIGKILL)
+                await asyncio.wait({ended}, timeout=KILL_TIMEOUT_S)
+                is_final = not ended.done()
+                break
+        if self._stopping:
+            await ended
+            return
+        cause = stuck or _how_it_ended(ended.result())
+        if is_final:
+            cause = f"{cause}, and cannot be ended: only a restart of the machine or its driver frees what it holds"
+        on_death(Death(cause, flight.request_ids(), flight.read().num_completed, is_final))
+
+    async def _ask_for_stack(self, pid: int) -> None:
+        """Log where the engine's threads are. A stopped process is continued for it."""
+        path = self._file("stack")
+        self._send_signal(pid, signal.SIGCONT)
+        self._send_signal(pid, signal.SIGUSR1)
+        seen, deadline_s = "", time.monotonic() + STACK_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            if text and text == seen:
+                break
+            seen = text
+        if seen:
+            logger.error("where the engine's threads were:\n%s", seen.rstrip())
+        else:
+            logger.error("the engine did not tell its stack within %.0f s", STACK_TIMEOUT_S)
+
+    def _send_signal(self, pid: int, number: signal.Signals) -> None:
+        # Not Process.send_signal alone: the process may have ended, and been waited for, in between.
+        if self.pid == pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """End the engine without asking, as for one that is loading and reads no messages."""
         self._stopping = True
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+
+    def kill_this_life(self) -> None:
+        """End an engine that is of no use. It counts as a death."""
+        if (pid := self.pid) is not None:
+            self._send_signal(pid, signal.SIGKILL)
 
     async def stop(self) -> None:
         """End the engine: it has been told to shut down, gets STOP_TIMEOUT_S for it, and is killed after that."""
@@ -88,3 +209,31 @@ class Supervisor:
         if self._watch is not None:
             await self._watch
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}-{self.epoch}"
+
+    def _remove_files(self, epoch: int) -> None:
+        for path in self._folder.glob(f"*-{epoch}"):
+            path.unlink(missing_ok=True)
+
+
+READY_BEAT_S = 4.0
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:
+        return False
+
+
+def _how_it_ended(returncode: int) -> str:
+    if returncode >= 0:
+        return f"the engine process ended with exit code {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    hint = " (by the kernel for want of memory, if by nobody else)" if name == "SIGKILL" else ""
+    return f"the engine process was ended by {name}{hint}"

@@ -48,7 +48,7 @@ class OfflineClient(EngineClient):
         self._word_ids, vocab_size = word_ids_of(folder)
         self._draw = random.Random(0)
         self.request_ids: list[str] = []
-        self._context.destroy(linger=0)
+        self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._become_ready(make_ready(str(folder), vocab_size))
 
     def _send(self, message: FrontendMessage) -> None:

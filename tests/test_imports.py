@@ -15,7 +15,18 @@ ROOT = Path(__file__).resolve().parents[1]
 # it. A package stands for all its files. A new file of the engine gets its place here and in the architecture page.
 LAYERS: dict[str, tuple[str, ...]] = {
     "L0": ("errors", "config", "sampling_params", "messages", "step"),
-    "L1": ("request", "block_pool", "memory_plan", "host_memory", "model_cache", "chat_template", "detokenizer", "tokenizer"),
+    "L1": (
+        "flight_recorder",
+        "crash_points",
+        "request",
+        "block_pool",
+        "memory_plan",
+        "host_memory",
+        "model_cache",
+        "chat_template",
+        "detokenizer",
+        "tokenizer",
+    ),
     "L2": (
         "grammar",
         "grammar_compiler",
@@ -52,7 +63,16 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "model_runner",
     ),
     "L4": ("core", "build", "process"),
-    "L5": ("supervisor", "request_stream", "client"),
+    "L5": (
+        "watchdog",
+        "supervisor",
+        "request_stream",
+        "suspects",
+        "open_requests",
+        "engine_connection",
+        "step_probe",
+        "client",
+    ),
 }
 ORDER = [name for names in LAYERS.values() for name in names]
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

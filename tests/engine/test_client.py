@@ -17,8 +17,8 @@ from tokenizers import decoders, models
 
 from engine.client import EngineClient
 from engine.config import EngineConfig, ModelConfig
-from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError, RequestFailed
-from engine.messages import RequestOutput, TokenLogprobs
+from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError
+from engine.messages import AddRequest, RequestOutput, TokenLogprobs
 from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.supervisor import Supervisor
@@ -107,7 +107,8 @@ def test_streams_stops_and_refusals(model_dir: Path):
 def make_stream(model_dir: Path, num_choices: int, stop: list[str]) -> RequestStream:
     tokenizer = Tokenizer.load(model_dir)
     choices = [Choice(tokenizer.detokenizer([3], stop=stop)) for _ in range(num_choices)]
-    return RequestStream("me:1", 1, choices, frozenset({2}), lambda request_id: None)
+    message = AddRequest(request_id="me:1", prompt_token_ids=[3], sampling=SamplingParams(n=num_choices))
+    return RequestStream(message, choices, frozenset({2}), lambda request_id: None)
 
 
 def output(choice: int, first: int, token_ids: list[int], **more: Any) -> RequestOutput:
@@ -179,7 +180,7 @@ def test_a_model_that_does_not_load_says_why(model_dir: Path):
     asyncio.run(scenario())
 
 
-def test_a_killed_engine_ends_the_streams_with_an_error(model_dir: Path):
+def test_a_request_that_a_killed_engine_had_not_answered_is_taken_by_the_next(model_dir: Path):
     async def scenario() -> None:
         async with running(str(model_dir)) as client:
             await client.wait_until_ready()
@@ -189,11 +190,9 @@ def test_a_killed_engine_ends_the_streams_with_an_error(model_dir: Path):
             waiting = asyncio.ensure_future(client.generate([5], SamplingParams(max_tokens=3)))
             await asyncio.sleep(0)
             os.kill(supervisor.pid, signal.SIGKILL)
-            with pytest.raises(RequestFailed, match="exit code -9"):
-                await waiting
-            assert client.state == "failed"
-            with pytest.raises(EngineUnavailable, match="died"):
-                await client.generate([5], SamplingParams())
+            tokens = expected_tokens([5], choice_seed(0, 0), 3)
+            assert (await collect(await waiting))[0] == (text_of(tokens), tokens, "length", None)
+            assert client.state == "ready" and client.num_restarts == 1 and supervisor.epoch == 2
 
     asyncio.run(scenario())
 
