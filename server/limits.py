@@ -22,6 +22,9 @@ MAX_HEADERS = 100
 MIN_BODY_BYTES_PER_S = 64 * 1024
 # A client that is refused early (401, 413) may send the rest, so that it comes to read the answer; but not any number of bytes.
 DISCARDED_BODIES = 2
+# Closing at once while a client sends would reset the connection, and the answer could be lost on its way.
+LINGER_S = 2.0
+LINGER_BYTES = 16 * 2**20
 
 _REFUSALS = {
     400: ("This is no HTTP request that can be understood.", "bad_http"),
@@ -53,6 +56,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._body_bytes = 0
         self._silent_bytes = 0
+        self._lingered_bytes: int | None = None  # None: the connection is open
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -65,12 +69,17 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if self._lingered_bytes is not None:
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > LINGER_BYTES:
+                self.transport.close()
+            return
         self._has_bytes = True
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._wait()
         self._silent_bytes += len(data)
         super().data_received(data)
-        if self._silent_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+        if self._silent_bytes > MAX_HEADER_BYTES and self._lingered_bytes is None:
             self._refuse(431)
 
     def send_400_response(self, msg: str) -> None:
@@ -129,8 +138,6 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self.transport.is_closing():
-            return
         if self.flow.read_paused:
             self._wait()
             return
@@ -150,10 +157,21 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int) -> None:
         """Answers, unless another answer is on its way, and ends the connection."""
         self._stop_waiting()
-        if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
-            message, code = _REFUSALS[status]
-            self.transport.write(_refusal(status, error_body(message, "invalid_request_error", code=code)))
-        self.transport.close()
+        cycle = self.cycle
+        is_answering = cycle is not None and cycle.response_started and not cycle.response_complete
+        if self.transport.is_closing() or is_answering or self.pipeline:
+            self.transport.close()
+            return
+        message, code = _REFUSALS[status]
+        self.transport.write(_refusal(status, error_body(message, "invalid_request_error", code=code)))
+        if cycle is not None:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._lingered_bytes = 0
+        self.flow.resume_reading()
+        self._timer = self.loop.call_later(LINGER_S, self.transport.close)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
 
 def _refusal(status: int, body: bytes) -> bytes:
