@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import TooManyRequests, octavo_error_response
+from server.backlog import Backlog
+from server.errors import octavo_error_response
 
-UNCOUNTED_PATHS = frozenset({"/health", "/metrics", "/version"})
+# Who asks how the server is, or comes to do something about it, is always let in.
+UNCOUNTED_PATHS = frozenset(
+    {
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/metrics",
+        "/version",
+        "/admin/drain",
+        "/admin/log_level",
+        "/admin/reset_prefix_cache",
+    }
+)
 
 
 class Admission:
     """Lets at most `limit` requests in (0: any number), each until its whole response is over.
 
     It counts before anything is awaited: of a burst whose requests all looked first and were counted later, all would pass.
-    Whoever asks how the server is, is always let in.
+    This bounds what HTTP holds, bodies and texts; what waits for the engine is bounded by `backlog`, which also knows when to
+    come again.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, backlog: Backlog) -> None:
         self._app = app
         self._limit = limit
+        self._backlog = backlog
         self._num_open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -26,8 +41,8 @@ class Admission:
             await self._app(scope, receive, send)
             return
         if self._num_open >= self._limit:
-            error = TooManyRequests(f"{self._limit} requests are open, which is as many as this server takes; try again soon.")
-            await octavo_error_response(error)(scope, receive, send)
+            sentence = f"{self._limit} requests are open, which is as many as this server takes (--max-open-requests)"
+            await octavo_error_response(self._backlog.overloaded("open_requests", sentence))(scope, receive, send)
             return
         self._num_open += 1
         try:

@@ -62,7 +62,7 @@ def create_app(
     app.include_router(admin.router(state, on_drain))
     app.state.body_limits = BodyLimits(config.max_body_bytes, config.max_json_depth)
     app.state.metrics = state.metrics
-    app.add_middleware(Admission, limit=config.max_open_requests)
+    app.add_middleware(Admission, limit=config.max_open_requests, backlog=state.backlog)
     _guard(app, config, keys, state.metrics)
     app.add_exception_handler(OctavoError, errors.on_octavo_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)

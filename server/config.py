@@ -30,6 +30,7 @@ from engine.config import (
     EngineConfig,
     ModelConfig,
     ParallelConfig,
+    RecoveryConfig,
     SchedulerConfig,
 )
 from engine.errors import ConfigError
@@ -112,6 +113,26 @@ class ServerConfig(BaseModel):
     port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
     strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
     max_open_requests: Count = _setting(4096, "server", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
+    max_waiting_requests: Count | None = _setting(
+        None,
+        "server",
+        "more that wait for a place in the engine get a 429; default: as many as run at once; 0 is no limit",
+        ge=0,
+        le=2**31 - 1,
+    )
+    max_waiting_tokens: Count | None = _setting(
+        None,
+        "server",
+        "the same by expected tokens, of prompts and answers; default: what takes a minute; 0 is no limit",
+        ge=0,
+        le=2**63 - 1,
+    )
+    request_timeout_s: Number = _setting(
+        0.0, "server", "seconds a request may take that does not say (timeout); 0 is no limit", ge=0, le=86400
+    )
+    first_token_timeout_s: Number = _setting(
+        0.0, "server", "seconds its first token may take (first_token_timeout); 0 is no limit", ge=0, le=86400
+    )
     response_store_size: Count = _setting(1024, "server", "answers of /v1/responses kept to go on from", ge=0, le=2**31 - 1)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "server", ", ".join(LOG_LEVELS))
     shutdown_timeout_s: Number = _setting(30.0, "server", "seconds that open streams may go on after SIGTERM", ge=0, le=86400)
@@ -140,6 +161,11 @@ class ServerConfig(BaseModel):
     attention_backend: str = _setting("auto", "engine", "attention implementation; auto takes the device's best")
     cuda_graphs: bool = _setting(True, "engine", "capture decode steps on a GPU and replay them")
     cpu_kernels: bool = _setting(True, "engine", "use the kernels compiled for this CPU; without them torch does all")
+    step_timeout_s: Number = _setting(
+        15.0, "engine", "seconds a step may take (ten times what it should, if that is more) before the engine is restarted"
+    )
+    restart_wait_s: Number = _setting(60.0, "engine", "seconds new requests wait for an engine that is being restarted")
+    max_failed_starts: Count = _setting(3, "engine", "engines that die in a row without a step before the server gives up")
     num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine; default: the cores it may use")
     max_num_seqs: Count | None = _setting(None, "engine", "most sequences in one step")
     max_num_batched_tokens: Count | None = _setting(None, "engine", "most tokens in one step")
@@ -192,6 +218,10 @@ class ServerConfig(BaseModel):
     def read_keys(self) -> KeyRing:
         """The API keys. Raises ConfigError."""
         return read_keys(self.api_key, self.api_key_file)
+
+    def recovery_config(self) -> RecoveryConfig:
+        """What the engine's parent goes by. Raises ConfigError where a value is out of range."""
+        return RecoveryConfig(**self._fields_of(RecoveryConfig))
 
     def _fields_of(self, part: type[msgspec.Struct]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in part.__struct_fields__ if name in type(self).model_fields}
@@ -339,6 +369,7 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str], *, command: str
     try:
         config = ServerConfig(**{key: source.values[key] for key, source in chosen.items()})
         config.engine_config()
+        config.recovery_config()
         config.read_keys()
         check_tls(config.tls_cert, config.tls_key)
     except ValidationError as error:

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -102,7 +102,12 @@ class Metrics:
         self._finished = Counter(
             "octavo_request_success", "Choices finished.", ["model_name", "finished_reason"], registry=self._registry
         )
-
+        self._shed = Counter(
+            "octavo_requests_shed", "Requests refused for load.", ["model_name", "reason"], registry=self._registry
+        )
+        self._late = Counter(
+            "octavo_deadlines_exceeded", "Requests whose time was up.", ["model_name", "kind"], registry=self._registry
+        )
         self._responses = Counter(
             "octavo_http_responses", "Responses by API key.", ["model_name", "api_key_id", "status"], registry=self._registry
         )
@@ -110,6 +115,19 @@ class Metrics:
     def observe_response(self, key_id: str, status: int) -> None:
         """key_id: "" on a server without keys, "invalid" for requests without a right one."""
         self._responses.labels(self._model_name, key_id, str(status)).inc()
+
+    def observe_shed(self, reason: str) -> None:
+        """A request got a 429. reason: open_requests, waiting_requests or waiting_tokens."""
+        self._shed.labels(self._model_name, reason).inc()
+
+    def observe_deadline(self, kind: str | None) -> None:
+        """A request ended by its time limit. kind: timeout or first_token_timeout."""
+        self._late.labels(self._model_name, kind or "").inc()
+
+    def add_gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A gauge that is read when somebody scrapes."""
+        gauge = Gauge(f"octavo_{name}", text, ["model_name"], registry=self._registry)
+        gauge.labels(self._model_name).set_function(read)
 
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

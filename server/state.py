@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from engine.client import EngineClient
 from engine.errors import EngineUnavailable, ModelNotFound
 from engine.messages import EngineReady
+from server.backlog import Backlog
 from server.config import ServerConfig
 from server.metrics import Metrics
 
@@ -20,10 +21,25 @@ class ServerState:
     config: ServerConfig
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    backlog: Backlog = field(init=False)
+
+    def __post_init__(self) -> None:
+        backlog = Backlog(
+            lambda: self.client.stats,
+            max_waiting_requests=self.config.max_waiting_requests,
+            max_waiting_tokens=self.config.max_waiting_tokens,
+            observe_shed=self.metrics.observe_shed,
+        )
+        self.metrics.add_gauge("backlog_wait_seconds", "How long who came now would wait for the engine.", backlog.wait_s)
+        self.metrics.add_gauge("backlog_tokens", "Expected tokens of what waits for the engine.", backlog.tokens_ahead)
+        object.__setattr__(self, "backlog", backlog)
 
     def require_ready(self) -> EngineReady:
-        """What the engine decided at load. Raises EngineUnavailable while it is loading, or gone."""
-        if self.client.state == "ready" and self.client.ready is not None:
+        """What the engine decided at load; the next one, while it takes the place of one that died, decides the same.
+
+        Raises EngineUnavailable while the first one is loading, or it is gone for good.
+        """
+        if self.client.state in ("ready", "recovering") and self.client.ready is not None:
             return self.client.ready
         raise EngineUnavailable(self.describe())
 
@@ -38,6 +54,8 @@ class ServerState:
             return (
                 f"The model is being loaded ({' '.join(f'{progress.phase} {progress.detail}'.split())}{done}); try again soon."
             )
+        if client.state == "recovering":
+            return "The engine is being started again after it died; open requests go on when it is ready."
         if client.state == "failed":
             return f"The engine is not running: {client.failure.message if client.failure else 'it ended unexpectedly'}"
         return "The model is ready." if client.state == "ready" else "The server is shutting down."

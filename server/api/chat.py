@@ -38,6 +38,7 @@ def router(state: ServerState) -> APIRouter:
         data = await read_json_object(request)
         body, headers = validate(ChatRequest, data, strict=state.config.strict)
         body.cache_salt = cache_salt(request.scope, body.cache_salt)
+        body.read_time_limits(request.headers)
         answer = await _Answer.start(state, request, body, arrival)
         if body.stream:
             return EventStream(answer, headers=headers)

@@ -16,14 +16,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.client import Embedding
-from engine.errors import ContextLengthExceeded, InvalidRequest, RequestFailed
+from engine.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, RequestFailed
 from engine.messages import EngineReady, Pooling
 from server.access import cache_salt
-from server.api.body import RequestBody, read_json_object, validate
+from server.api.body import read_json_object, validate
 from server.api.generation import TIME_DIGITS
 from server.api.prompt_log import log_prompts
 from server.api.prompts import PROMPT_SCHEMA, read_prompts
 from server.api.sampling import Integer, Priority, truncate_prompt
+from server.api.time_limits import TimeLimit
+from server.backlog import Ticket, Work
 from server.disconnect import unless_disconnected
 from server.state import ServerState
 
@@ -37,7 +39,7 @@ FOREIGN_IDS_HINT = (
 Result = TypeVar("Result")
 
 
-class EmbeddingRequest(RequestBody):
+class EmbeddingRequest(TimeLimit):
     """dimensions: None gives the whole hidden state. pooling: None is the server's own, `embedding_pooling`."""
 
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"user"})
@@ -94,6 +96,7 @@ def router(state: ServerState) -> APIRouter:
         data = await read_json_object(request)
         body, headers = validate(EmbeddingRequest, data, strict=state.config.strict)
         body.cache_salt = cache_salt(request.scope, body.cache_salt)
+        body.read_time_limits(request.headers)
         model = state.resolve_model(body.model)
         inputs = await _tokenize(state, body)
         answer = await unless_disconnected(request.receive, _answer(state, body, model, inputs, arrival))
@@ -140,13 +143,23 @@ async def _answer(
     """All inputs at once, each made ready as it comes. Raises the first error of any; none is left running then."""
     reason = "abort"
     num_tokens = sum(map(len, inputs))
+    deadline_s = body.deadlines(arrival, state.config).whole_s
+    tickets = state.backlog.enter([Work(1, len(token_ids)) for token_ids in inputs], state.require_ready())
     try:
-        results = await _all_or_none([_embed(state, body, index, token_ids) for index, token_ids in enumerate(inputs)])
+        works = [
+            _embed(state, body, index, token_ids, deadline_s, ticket)
+            for index, (token_ids, ticket) in enumerate(zip(inputs, tickets, strict=True))
+        ]
+        results = await _all_or_none(works)
         reason = "stop"
-    except Exception:
+    except Exception as error:
         reason = "error"
+        if isinstance(error, DeadlineExceeded):
+            state.metrics.observe_deadline(error.param)
         raise
     finally:
+        for ticket in tickets:
+            ticket.close()
         seconds = time.monotonic() - arrival
         for _ in inputs:
             state.metrics.observe_finish(reason)
@@ -161,16 +174,21 @@ async def _answer(
     return EmbeddingList(data=data, model=model, usage=usage)
 
 
-async def _embed(state: ServerState, body: EmbeddingRequest, index: int, token_ids: list[int]) -> tuple[Embedding, msgspec.Raw]:
+async def _embed(
+    state: ServerState, body: EmbeddingRequest, index: int, token_ids: list[int], deadline_s: float | None, ticket: Ticket
+) -> tuple[Embedding, msgspec.Raw]:
     try:
         embedding = await state.client.embed(
             token_ids,
             pooling=body.pooling or state.config.embedding_pooling,
             priority=body.priority,
             cache_salt=body.cache_salt,
+            deadline_s=deadline_s,
         )
     except InvalidRequest as error:  # the engine speaks of prompts
         raise type(error)(error.message, param="input", code=error.code) from None
+    finally:
+        ticket.close()
     item = EmbeddingItem(index, _unit_vector(embedding.vector, body.dimensions, body.encoding_format))
     return embedding, msgspec.Raw(msgspec.json.encode(item))
 

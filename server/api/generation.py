@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -15,21 +15,16 @@ from engine.request_stream import ChoiceDelta, RequestStream
 from engine.sampling_params import SamplingParams
 from server.api.prompt_log import log_prompts
 from server.api.sampling import SamplingRequest
-from server.backlog import Backlog, Ticket
-from server.metrics import Metrics
+from server.backlog import Ticket
 from server.state import ServerState
 
 logger = logging.getLogger("octavo.server")
 
-# A text longer than this is tokenized in a thread, so that the other streams are not held up (about 2 ms on the loop).
-LONG_TEXT_CHARS = 8192
 TIME_DIGITS = 6
 
 # A stream with no more time than this gets its status with its first token, or else a 504; one with more gets it at once, and
 # comments that keep its connection open.
 HOLD_S = 30.0
-
-Result = TypeVar("Result")
 
 
 class Prompt(NamedTuple):
@@ -73,23 +68,20 @@ class Usage(msgspec.Struct, omit_defaults=True):
     octavo: Explanation | None = None
 
 
-async def in_thread_if_long(num_chars: int, function: Callable[[], Result]) -> Result:
-    return await asyncio.to_thread(function) if num_chars > LONG_TEXT_CHARS else function()
-
-
 class Generation:
     """The engine requests of one HTTP request, one a prompt; made by `start` once the engine has accepted all of them."""
 
-    def __init__(self, request_id: str, metrics: Metrics, backlog: Backlog, arrival: float) -> None:
+    def __init__(self, request_id: str, state: ServerState, prompts: Sequence[Prompt], arrival: float) -> None:
         self._request_id = request_id
-        self._metrics = metrics
-        self._backlog = backlog
+        self._metrics = state.metrics
+        self._backlog = state.backlog
         self._arrival = arrival
+        self._sampling = prompts[0].sampling  # the others' differs in seed and max_tokens
         self._tickets: list[Ticket] = []
         self._held: tuple[int, list[ChoiceDelta]] | None = None
         self._merged: AsyncIterator[tuple[int, list[ChoiceDelta]]] | None = None
         self._streams: list[RequestStream] = []
-        self._num_prompt_tokens = 0
+        self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
         self._num_reasoning_tokens: int | None = None
@@ -97,8 +89,8 @@ class Generation:
         self._queue_s: float | None = None
         self._prefill_s: float | None = None
         self._explains = False
-        self._seeds: list[int] = []
-        self._num_choices = 0
+        self._seeds = list(dict.fromkeys(prompt.sampling.seed for prompt in prompts))
+        self._num_choices = sum(prompt.sampling.n for prompt in prompts)
         self._finish_reasons: list[str] = []
         self._ttft_s: float | None = None
         self._last_output: dict[tuple[int, int], float] = {}
@@ -110,12 +102,9 @@ class Generation:
         cls, state: ServerState, request_id: str, prompts: Sequence[Prompt], body: SamplingRequest, arrival: float
     ) -> Generation:
         """Raises Overloaded, or the engine's refusal of any of the prompts; then none of them is left running."""
-        generation = cls(request_id, state.metrics, state.backlog, arrival)
+        log_prompts(state, request_id, prompts)
+        generation = cls(request_id, state, prompts, arrival)
         generation._explains = body.explain
-        generation._seeds = list(dict.fromkeys(prompt.sampling.seed for prompt in prompts))
-        generation._samplings = [prompt.sampling for prompt in prompts]
-        generation._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        generation._num_choices = sum(prompt.sampling.n for prompt in prompts)
         stop, deadlines = body.stop_strings(), body.deadlines(arrival, state.config)
         works = [state.backlog.expect(len(prompt.token_ids), prompt.sampling) for prompt in prompts]
         generation._tickets = state.backlog.enter(works, state.require_ready())
@@ -148,11 +137,17 @@ class Generation:
     async def _hold(self) -> None:
         """Wait for the first output, which `deltas` then begins with. Raises what comes instead."""
         try:
-            self._held = await anext(self._arriving())
+            if len(self._streams) == 1:
+                first = await anext(aiter(self._streams[0]), None)
+                self._held = None if first is None else (0, first)
+            else:
+                self._held = await anext(self._arriving(), None)
         except BaseException as error:
             self._note(error)
             self.close()
             raise
+        if self._held is not None:
+            self._observe(*self._held)
 
     def _arriving(self) -> AsyncIterator[tuple[int, list[ChoiceDelta]]]:
         if self._merged is None:
@@ -166,9 +161,8 @@ class Generation:
         """
         try:
             if self._held is not None:
-                (prompt_index, deltas), self._held = self._held, None
-                self._observe(prompt_index, deltas)
-                yield prompt_index, deltas
+                held, self._held = self._held, None
+                yield held
             if len(self._streams) == 1:
                 async for deltas in self._streams[0]:
                     self._observe(0, deltas)
@@ -230,12 +224,14 @@ class Generation:
         self._closed = True
         for stream in self._streams:
             stream.abort()
+        self._leave_backlog()
         seconds = time.monotonic() - self._arrival
         unfinished = self._num_choices - len(self._finish_reasons)
         for reason in [*self._finish_reasons, *(["error" if self._failed else "abort"] * unfinished)]:
             self._metrics.observe_finish(reason)
         if not unfinished:
             self._metrics.observe_request(seconds, self._num_prompt_tokens, self._num_output_tokens)
+            self._backlog.learn(self._sampling, self._num_output_tokens / self._num_choices)
         logger.info(
             "%s %s: %d prompt tokens (%d cached), %d output tokens, first token %s, %.2f s",
             self._request_id,
@@ -247,6 +243,10 @@ class Generation:
             seconds,
         )
 
+    def _leave_backlog(self) -> None:
+        for ticket in self._tickets:
+            ticket.close()
+
     def _observe(self, prompt_index: int, deltas: list[ChoiceDelta]) -> None:
         now = time.monotonic()
         for delta in deltas:
@@ -255,6 +255,8 @@ class Generation:
                 self._num_preemptions += delta.num_preemptions
             key = (prompt_index, delta.choice_index)
             previous = self._last_output.get(key)
+            if previous is None:
+                self._tickets[prompt_index].start()
             if previous is None and delta.choice_index == 0:
                 self._num_cached_tokens += delta.num_cached_tokens
                 self._queue_s = _longer(self._queue_s, delta.queue_s)

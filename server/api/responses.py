@@ -107,6 +107,7 @@ async def _read(state: ServerState, request: Request) -> tuple[ResponseRequest, 
     data = await read_json_object(request)
     body, headers = validate(ResponseRequest, data, strict=state.config.strict)
     body.cache_salt = cache_salt(request.scope, body.cache_salt)
+    body.read_time_limits(request.headers)
     ignored = [*filter(None, [headers.get(IGNORED_FIELDS_HEADER)]), *body.ignored_includes]
     return body, {IGNORED_FIELDS_HEADER: ", ".join(ignored)} if ignored else {}
 

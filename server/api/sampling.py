@@ -15,6 +15,7 @@ from engine.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SEED, Sampli
 from engine.tokenizer import Tokenizer
 from server.api.body import RequestBody, json_type
 from server.api.structured import StructuredFields
+from server.api.time_limits import TimeLimits
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 1024
@@ -47,7 +48,7 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool = False
 
 
-class SamplingRequest(RequestBody):
+class SamplingRequest(TimeLimits):
     """How tokens are chosen and shown: what every endpoint that generates takes. A default here only says what a field means
     when the model has no default of its own."""
 

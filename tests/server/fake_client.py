@@ -98,7 +98,7 @@ class FakeStream:
 
 class FakeEngineClient:
     """script: the tokens of every answer. gate, accepting: cleared, streams or `generate` wait. prompts, sampling, stops and
-    options: of every `generate`; embedded: the prompts and options of every `embed`.
+    options: of every `generate`; embedded: the prompts and options of every `embed`; deadlines: of both, first token and whole.
 
     refusal: raised by `generate` once there are `refuse_after` streams. fail_after: tokens before `stream_error` is raised.
     """
@@ -107,6 +107,8 @@ class FakeEngineClient:
         self.tokenizer = byte_tokenizer()
         self.script = self.tokenizer.encode(script)
         self.state = "ready"
+        self.steps_complete = True
+        self.num_restarts = 0
         self.progress: LoadProgress | None = None
         self.failure: OctavoError | None = None
         self.stats = EngineStats(num_blocks=10, num_referenced_blocks=5, prompt_tokens=7, generation_tokens=3)
@@ -124,6 +126,7 @@ class FakeEngineClient:
         self.sampling: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
         self.stops: list[list[str]] = []
+        self.deadlines: list[tuple[float | None, float | None]] = []
         self.options: list[dict[str, object]] = []
         self.embedded: list[tuple[list[int], dict[str, object]]] = []
         self.ready: EngineReady | None = EngineReady(
@@ -158,6 +161,8 @@ class FakeEngineClient:
         spaces_between_special_tokens: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        first_token_deadline_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> FakeStream:
         await self._admit(self.streams)
         self.options.append(
@@ -169,6 +174,7 @@ class FakeEngineClient:
                 "priority": priority,
             }
         )
+        self.deadlines.append((first_token_deadline_s, deadline_s))
         self.prompts.append(prompt_token_ids)
         self.sampling.append(sampling)
         self.stops.append(list(stop))
@@ -177,14 +183,24 @@ class FakeEngineClient:
         return stream
 
     async def embed(
-        self, prompt_token_ids: list[int], *, pooling: Pooling, cache_salt: str = "", priority: int = 0
+        self,
+        prompt_token_ids: list[int],
+        *,
+        pooling: Pooling,
+        cache_salt: str = "",
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> Embedding:
         """How often each id occurs in the prompt, modulo the vector's size; "last": of the last token alone."""
         await self._admit(self.embedded)
+        self.deadlines.append((None, deadline_s))
         self.embedded.append((prompt_token_ids, {"pooling": pooling, "cache_salt": cache_salt, "priority": priority}))
         pooled = prompt_token_ids if pooling == "mean" else prompt_token_ids[-1:]
         vector = np.bincount(np.array(pooled) % HIDDEN_SIZE, minlength=HIDDEN_SIZE).astype("<f4")
         return Embedding(vector.tobytes(), len(prompt_token_ids), self.num_cached_tokens, 0.25, 0.5)
+
+    async def can_step(self) -> bool:
+        return self.state == "ready" and self.steps_complete
 
     async def _admit(self, admitted: Sequence[object]) -> None:
         await self.accepting.wait()
