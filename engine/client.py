@@ -77,7 +77,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._connection: EngineConnection | None = None
         self._probe = StepProbe(self._new_id, self._send)
-        self._num_vain_starts = 0
+        self._num_failed_starts = 0
         self._ready_s = self._died_s = self._life_s = 0.0
         self._restart: asyncio.Task[None] | None = None
         self._load_failure: OctavoError | None = None
@@ -235,7 +235,7 @@ class EngineClient:
                 self._send(message)
                 await answer
             else:  # it is sent with the others, once the next engine is ready
-                await asyncio.wait_for(answer, self._supervisor.recovery.new_request_wait_s)
+                await asyncio.wait_for(answer, self._supervisor.recovery.restart_wait_s)
         except BaseException as error:  # refused, or the caller was cancelled while waiting
             self._abandon(message.request_id)
             if isinstance(error, TimeoutError):
@@ -379,10 +379,10 @@ class EngineClient:
         self._probe.forget()
         cause = f"{death.cause}: {self._load_failure.message}" if self._load_failure else death.cause
         self._load_failure = None
-        self._count_vain_start(death)
+        self._count_failed_start(death)
         if death.is_final:
             self._fail_engine(EngineUnavailable(cause))
-        elif self._num_vain_starts >= (most := self._supervisor.recovery.max_vain_starts):
+        elif self._num_failed_starts >= (most := self._supervisor.recovery.max_failed_starts):
             sentence = f"the engine died {most} times in a row without completing a step; the last time {cause}"
             self._fail_engine(EngineUnavailable(sentence))
         else:
@@ -391,11 +391,11 @@ class EngineClient:
                 logger.error("request %s is given up: the engine died over it again and again", request_id)
             self._start_next(ready)
 
-    def _count_vain_start(self, death: Death) -> None:
+    def _count_failed_start(self, death: Death) -> None:
         """A life was in vain where it ended before a step, or soon after the probe's, with nobody to blame for it."""
         num_probes = 1 if self.num_restarts else 0
         got_on = death.num_completed > num_probes or death.request_ids or self._life_s > SHORT_LIFE_S
-        self._num_vain_starts = 0 if self._life_s and got_on else self._num_vain_starts + 1
+        self._num_failed_starts = 0 if self._life_s and got_on else self._num_failed_starts + 1
         self._life_s = 0.0
 
     def _start_next(self, ready: EngineReady) -> None:

@@ -167,21 +167,23 @@ class EarlierLife(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RecoveryConfig(msgspec.Struct, frozen=True, kw_only=True):
     """When an engine counts as stuck, and how its death is got over; for the parent, never sent to the engine.
 
-    step_timeout_s: what a step may take, or ten times what its tokens should take, if that is more. new_request_wait_s: how
-    long a request that comes while the engine is being restarted waits for it. max_vain_starts: engines in a row that die
+    step_timeout_s: what a step may take, or ten times what its tokens should take, if that is more. restart_wait_s: how
+    long a request that comes while the engine is being restarted waits for it. max_failed_starts: engines in a row that die
     before they have completed a step, after which the server ends.
     """
 
     step_timeout_s: float = 15.0
-    new_request_wait_s: float = 60.0
-    max_vain_starts: int = 3
+    restart_wait_s: float = 60.0
+    max_failed_starts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("step_timeout_s", "new_request_wait_s"):
+        for name in ("step_timeout_s", "restart_wait_s"):
             value = getattr(self, name)
             _require(0 < value <= 86400, name, f"{name} must be above 0 and at most 86400 seconds, got {value}")
         _require(
-            self.max_vain_starts >= 1, "max_vain_starts", f"max_vain_starts must be at least 1, got {self.max_vain_starts}"
+            self.max_failed_starts >= 1,
+            "max_failed_starts",
+            f"max_failed_starts must be at least 1, got {self.max_failed_starts}",
         )
 
 

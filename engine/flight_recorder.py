@@ -20,10 +20,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from engine.step import SchedulerOutput
+if TYPE_CHECKING:
+    from engine.step import SchedulerOutput  # with numpy, which a frontend that starts has no time for
 
 BEAT_INTERVAL_S = 0.5
 

@@ -67,8 +67,8 @@ _ERROR_SCHEMA = {
         }
     },
 }
-_READS = (400, 401, 404, 413, 429, 503)
-_GENERATES = (400, 401, 404, 413, 429, 500, 503, 504)
+_READS = (400, 401, 403, 404, 413, 429, 503)
+_GENERATES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Operation:
     request: type[BaseModel] | None = None
     events: tuple[type[msgspec.Struct], ...] = ()
     done: bool = True
-    errors: tuple[int, ...] = (401,)
+    errors: tuple[int, ...] = (401, 403)
     also: tuple[int, ...] = ()
     needs_key: bool = True
 
@@ -114,23 +114,29 @@ OPERATIONS: dict[str, Operation] = {
         errors=_READS,
     ),
     "GET /v1/responses/{response_id}": Operation(
-        "getResponse", "Look a stored response up", ResponseObject, errors=(400, 401, 404)
+        "getResponse", "Look a stored response up", ResponseObject, errors=(400, 401, 403, 404)
     ),
     "DELETE /v1/responses/{response_id}": Operation(
-        "deleteResponse", "Forget a stored response", DeletedResponse, errors=(401, 404)
+        "deleteResponse", "Forget a stored response", DeletedResponse, errors=(401, 403, 404)
     ),
     "POST /v1/responses/{response_id}/cancel": Operation(
-        "cancelResponse", "Refused: no response runs in the background", ResponseObject, errors=(400, 401, 404)
+        "cancelResponse", "Refused: no response runs in the background", ResponseObject, errors=(400, 401, 403, 404)
     ),
     "GET /v1/responses/{response_id}/input_items": Operation(
-        "listInputItems", "List what a stored response was made from", ItemList, errors=(400, 401, 404)
+        "listInputItems", "List what a stored response was made from", ItemList, errors=(400, 401, 403, 404)
     ),
     "POST /v1/embeddings": Operation("createEmbedding", "Vectors of texts", EmbeddingList, EmbeddingRequest, errors=_GENERATES),
     "POST /tokenize": Operation("tokenize", "Texts to token ids", TokenizeAnswer, TokenizeRequest, errors=_READS),
     "POST /detokenize": Operation("detokenize", "Token ids to text", DetokenizeAnswer, DetokenizeRequest, errors=_READS),
     "GET /v1/models": Operation("listModels", "List the served names", ModelList),
-    "GET /v1/models/{name}": Operation("retrieveModel", "Look a name up", ModelCard, errors=(401, 404)),
+    "GET /v1/models/{name}": Operation("retrieveModel", "Look a name up", ModelCard, errors=(401, 403, 404)),
     "GET /health": Operation("getHealth", "Whether requests are taken", Health, errors=(), also=(503,), needs_key=False),
+    "GET /health/ready": Operation(
+        "getReadiness", "Whether the engine completes steps: the same", Health, errors=(), also=(503,), needs_key=False
+    ),
+    "GET /health/live": Operation(
+        "getLiveness", "Whether this server needs no restart from outside", Health, errors=(), also=(503,), needs_key=False
+    ),
     "GET /version": Operation("getVersion", "Octavo's version", Version),
     "GET /metrics": Operation("getMetrics", "Prometheus metrics", "text/plain"),
 }
@@ -138,6 +144,7 @@ OPERATIONS: dict[str, Operation] = {
 _STATUS_TEXT = {
     400: "The request is wrong: `param` names the field, `message` says what was got and what is allowed.",
     401: "No API key, or a wrong one.",
+    403: "The API key's scopes do not cover this, or a page of an origin that is not let in has sent it.",
     404: "What the request names is not here: a model, a response, a path.",
     413: "The body is larger than this server reads.",
     429: "As much is open, or waits, as the server takes; Retry-After says when to come again.",
@@ -182,7 +189,11 @@ def build(app: FastAPI, *, needs_keys: bool) -> dict[str, Any]:
             "parameters": {REQUEST_ID_HEADER: _REQUEST_ID_PARAMETER},
             "responses": {str(status): _error(status) for status in _STATUS_TEXT},
             "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer", "description": "One of the server's `--api-key`s."}
+                "bearer": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "One of the server's API keys, with scope api; for /metrics with scope metrics.",
+                }
             },
         },
     }

@@ -23,6 +23,7 @@ from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.messages import EngineReady, LoadProgress
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
+from server.logs import set_up_logging
 
 logger = logging.getLogger("octavo.server")
 
@@ -38,18 +39,11 @@ def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         with listen(config.host, config.port) as sock:
             setproctitle.setproctitle("octavo: frontend")
-            _set_up_logging(config.log_level)
+            set_up_logging(config.log_level, log_prompts=config.log_prompts)
             return uvloop.run(_Service(config, sock, chat_template).run())
     except OctavoError as error:
         print(f"octavo: {error.message}", file=sys.stderr)
         return 1
-
-
-def _set_up_logging(level: str) -> None:
-    """One line an event on stderr, never with the text of a prompt (so no debug lines of the HTTP stack)."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True)
-    for name in ("uvicorn", "sse_starlette", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -75,9 +69,10 @@ class _Service:
     def __init__(self, config: ServerConfig, sock: socket.socket, chat_template: str | None) -> None:
         self._config = config
         self._sock = sock
-        self._client = EngineClient(Supervisor(config.engine_config()), chat_template=chat_template)
+        supervisor = Supervisor(config.engine_config(), recovery=config.recovery_config())
+        self._client = EngineClient(supervisor, chat_template=chat_template)
         self._client.on_progress = _print_progress
-        self._base_url = _base_url(sock)
+        self._base_url = _base_url(sock, "https" if config.tls_cert else "http")
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -89,10 +84,14 @@ class _Service:
         before_s = _age_s()
         logger.info("start the engine process: %s", self._config.model)
         await self._client.start()
-        # The engine is seconds from ready, so it goes first: what HTTP needs is imported beside its own imports.
-        from server.app import create_server
+        try:
+            # The engine is seconds from ready, so it goes first: what HTTP needs is imported beside its own imports.
+            from server.app import create_server
 
-        server = create_server(self._client, self._config)
+            server = create_server(self._client, self._config, on_drain=self._begin_drain)
+        except BaseException:
+            await self._client.stop()
+            raise
         serving = asyncio.create_task(server.serve(sockets=[self._sock]))
         engine = asyncio.create_task(self._watch_engine(before_s))
         stop = asyncio.create_task(self._stop.wait())
@@ -122,6 +121,11 @@ class _Service:
         """The first signal lets open streams finish, the second ends them."""
         if self._stop.is_set():
             self._hurry.set()
+        self._begin_drain()
+
+    def _begin_drain(self) -> None:
+        """Let open streams finish and end. May be called again."""
+        if self._stop.is_set():
             return
         num_open = self._client.num_open_streams
         logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")
@@ -170,11 +174,11 @@ def _age_s() -> float:
         return time.time() - psutil.Process().create_time()
 
 
-def _base_url(sock: socket.socket) -> str:
+def _base_url(sock: socket.socket, scheme: str) -> str:
     """Where a client on this machine finds the socket."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _print_progress(progress: LoadProgress) -> None:

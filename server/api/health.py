@@ -1,4 +1,4 @@
-"""GET /health, /version, /metrics and the page at /: how the server is, for machines and for people."""
+"""GET /health and its kin, /version, /metrics and the page at /: how the server is, for machines and for people."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VERSION = _version()
 
 
 class Health(msgspec.Struct):
-    """status: starting, ready, failed or stopping."""
+    """status: starting, ready, recovering, failed or stopping."""
 
     status: str
     detail: str
@@ -48,14 +48,28 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["server"])
     page = Template(PAGE.read_text(encoding="utf-8"))
 
-    @routes.head("/health", include_in_schema=False)
-    @routes.get("/health")
-    async def get_health() -> Response:
-        """200 when requests are taken, 503 with the reason when not."""
+    def answer(is_well: bool) -> Response:
         client = state.client
-        health = Health(client.state, state.describe(), client.progress if client.state == "starting" else None)
-        status = 200 if client.state == "ready" else 503
-        return Response(msgspec.json.encode(health), status, media_type="application/json")
+        progress = client.progress if client.state in ("starting", "recovering") else None
+        detail = state.describe()
+        if client.state == "ready" and not is_well:
+            detail = "The engine completes no step at the moment."
+        health = Health(client.state, detail, progress)
+        return Response(msgspec.json.encode(health), 200 if is_well else 503, media_type="application/json")
+
+    @routes.head("/health", include_in_schema=False)
+    @routes.head("/health/ready", include_in_schema=False)
+    @routes.get("/health")
+    @routes.get("/health/ready")
+    async def get_health() -> Response:
+        """200 when the engine completes steps (a small one is tried where none has lately), 503 with the reason when not."""
+        return answer(await state.client.can_step())
+
+    @routes.head("/health/live", include_in_schema=False)
+    @routes.get("/health/live")
+    async def get_liveness() -> Response:
+        """200 while this server runs, also while it loads, starts its engine again or drains; 503 when only a restart helps."""
+        return answer(state.client.state != "failed")
 
     @routes.get("/version")
     async def get_version() -> Response:
