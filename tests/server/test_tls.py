@@ -1,0 +1,95 @@
+"""TLS with a certificate made for the test, and settings that make none."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from engine.errors import ConfigError
+from server.config import load_config
+from server.tls import check_tls
+from tests.server.served import ask, served
+
+GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+
+
+def make_certificate(folder: Path, name: str, *options: str) -> tuple[str, str]:
+    cert, key = str(folder / f"{name}.crt"), str(folder / f"{name}.key")
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2"]
+    words += ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert]
+    subprocess.run([*words, *(options or ("-nodes",))], check=True, capture_output=True, timeout=60)
+    return cert, key
+
+
+@pytest.fixture(scope="module")
+def identity(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_certificate(tmp_path_factory.mktemp("tls"), "one")
+
+
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+@pytest.mark.parametrize("in_one_file", [False, True])
+def test_https_and_its_metrics_port(identity: tuple[str, str], tmp_path: Path, in_one_file: bool) -> None:
+    cert, key = identity
+    settings: dict[str, str] = {"tls_cert": cert, "tls_key": key}
+    if in_one_file:
+        both = tmp_path / "both.pem"
+        both.write_text(Path(cert).read_text() + Path(key).read_text())
+        settings = {"tls_cert": str(both)}
+
+    async def scenario() -> None:
+        async with served(api_key=["k"], **settings) as (_, port):
+            context = ssl.create_default_context(cafile=cert)
+            assert (await ask(port, GET, tls=context)).status == 401
+            answer = await ask(port, GET.replace(b"\r\n\r\n", b"\r\nAuthorization: Bearer k\r\n\r\n"), tls=context)
+            assert answer.status == 200 and b'"tiny"' in answer.body
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await ask(port, GET, tls=ssl.create_default_context())
+            old = ssl.create_default_context(cafile=cert)
+            old.maximum_version = ssl.TLSVersion.TLSv1_1
+            with pytest.raises((ssl.SSLError, OSError)):
+                await ask(port, GET, tls=old)
+            assert b"/v1" not in (await _plain(port))
+
+    asyncio.run(scenario())
+
+
+async def _plain(port: int) -> bytes:
+    """What HTTP without TLS gets: nothing of the application."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET)
+    try:
+        return await asyncio.wait_for(reader.read(), 30)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def test_what_makes_no_tls_is_told_before_anything_starts(identity: tuple[str, str], tmp_path: Path) -> None:
+    cert, key = identity
+    other_cert, other_key = make_certificate(tmp_path, "other")
+    _, locked = make_certificate(tmp_path, "locked", "-passout", "pass:secret")
+    text = tmp_path / "text"
+    text.write_text("no certificate")
+    for given, reason, param in (
+        ((None, key), "give the certificate too", "tls_key"),
+        ((cert, None), "must hold a certificate and a private key", "tls_cert"),
+        ((cert, other_key), "does not belong", "tls_key"),
+        ((str(text), key), "PEM", "tls_key"),
+        ((other_cert, locked), "not encrypted", "tls_key"),
+        ((str(tmp_path / "none"), key), "No such file", "tls_cert"),
+        ((cert, str(tmp_path / "none")), "No such file", "tls_key"),
+    ):
+        with pytest.raises(ConfigError, match=reason) as caught:
+            check_tls(*given)
+        assert caught.value.param == param
+    check_tls(cert, key)
+    with pytest.raises(ConfigError, match="--tls-key in the command line"):
+        load_config(["--tls-cert", cert, "--tls-key", other_key], {})
