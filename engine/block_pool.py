@@ -33,13 +33,14 @@ def block_hashes(parent: bytes, token_ids: Sequence[int], block_size: int) -> li
 
 
 class Block:
-    """One page: how many tables name it, and what it holds if that is known."""
+    """One page: how many tables name it, what it holds if that is known, and whether that may be bad numbers."""
 
-    __slots__ = ("content_hash", "ref_count")
+    __slots__ = ("content_hash", "is_tainted", "ref_count")
 
     def __init__(self) -> None:
         self.ref_count = 0
         self.content_hash: bytes | None = None
+        self.is_tainted = False
 
 
 class BlockPool:
@@ -51,6 +52,7 @@ class BlockPool:
         # Oldest first: pages are handed out from the front, and freed pages join at the back.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
         self._by_hash: dict[bytes, int] = {}
+        self._to_zero: list[int] = []
 
     @property
     def num_free(self) -> int:
@@ -106,6 +108,8 @@ class BlockPool:
             block.ref_count -= 1
             if block.ref_count == 0:
                 self._free[block_id] = None
+                if block.is_tainted:
+                    self._zero(block_id)
                 if block.content_hash is None:
                     # Nothing to keep: reuse it before anything that a later request could hit.
                     self._free.move_to_end(block_id, last=False)
@@ -113,9 +117,36 @@ class BlockPool:
     def set_hash(self, block_id: int, content_hash: bytes) -> None:
         """The page now holds this content. A second page of equal content stays unknown: one is enough for hits."""
         block = self._blocks[block_id]
-        if block.content_hash is None and content_hash not in self._by_hash:
+        if block.content_hash is None and content_hash not in self._by_hash and not block.is_tainted:
             block.content_hash = content_hash
             self._by_hash[content_hash] = block_id
+
+    def taint(self, ids: Iterable[int]) -> None:
+        """These pages may hold bad numbers: nothing hits them from now on, and once nobody references them they are zeroed."""
+        for block_id in ids:
+            if block_id == SCRATCH_BLOCK_ID:
+                continue
+            block = self._blocks[block_id]
+            if block.content_hash is not None:
+                del self._by_hash[block.content_hash]
+                block.content_hash = None
+            block.is_tainted = True
+            if block.ref_count == 0:
+                self._zero(block_id)
+
+    def _zero(self, block_id: int) -> None:
+        # From now on it is as good as any other: it is zeroed before the next step computes anything.
+        self._blocks[block_id].is_tainted = False
+        self._to_zero.append(block_id)
+
+    def take_to_zero(self) -> list[int]:
+        """Pages that the next step must zero before all else."""
+        taken, self._to_zero = self._to_zero, []
+        return taken
+
+    def zero_again(self, ids: Iterable[int]) -> None:
+        """These were taken for a step that did not run."""
+        self._to_zero.extend(ids)
 
     def forget_all(self) -> None:
         """Drop every hash: no page can be hit any more."""
@@ -130,6 +161,8 @@ class BlockPool:
             expected = expected_references.get(block_id, 0)
             assert block.ref_count == expected, f"page {block_id}: {block.ref_count} references, tables hold {expected}"
             assert (block_id in self._free) == (expected == 0), f"page {block_id}: on the free list and referenced, or neither"
+            if block.is_tainted:
+                assert block.ref_count and block.content_hash is None, f"page {block_id}: of bad numbers, and free or known"
             if block.content_hash is not None:
                 assert self._by_hash.get(block.content_hash) == block_id, f"page {block_id}: its hash leads elsewhere"
         assert all(self._blocks[i].content_hash == h for h, i in self._by_hash.items()), "a hash names a page without it"

@@ -19,7 +19,7 @@ from engine.messages import AddRequest, EngineStats, RequestOutput
 from engine.request import Request
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.scheduler import Scheduler
-from engine.step import PendingOutput, Runner, SchedulerOutput
+from engine.step import BAD_TOKEN, PendingOutput, Runner, SchedulerOutput
 
 if TYPE_CHECKING:
     from engine.grammar import Grammar, MaskedRows, MaskMaker, Matcher
@@ -191,6 +191,8 @@ class EngineCore:
                     )
         if message.output_token_ids and len(message.output_token_ids) != sampling.n:
             raise InvalidRequest(f"output_token_ids has {len(message.output_token_ids)} lists for {sampling.n} choices")
+        if not all(0 <= token_id < self._vocab_size for output in message.output_token_ids for token_id in output):
+            raise InvalidRequest(f"output_token_ids has a token id outside 0 to {self._vocab_size - 1}")
         total, context = num_prompt + sampling.max_tokens, self._scheduler.max_model_len
         if total > context:
             raise ContextLengthExceeded(
@@ -250,6 +252,9 @@ class EngineCore:
         self._clock.finished()
         if self._crash_point is not None:
             self._crash_point.reached("after_sampling")
+        token_ids = result.token_ids
+        if token_ids and max(token_ids) >= self._vocab_size:  # a device whose memory is bad may say anything
+            result.token_ids = [token_id if token_id < self._vocab_size else BAD_TOKEN for token_id in token_ids]
         outputs = self._scheduler.update(result)
         if self._recorder is not None:
             self._recorder.completed()

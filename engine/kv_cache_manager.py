@@ -274,6 +274,23 @@ class KVCacheManager:
         for content_hash in request.block_hashes[held.num_hashed :]:
             self._withdraw(content_hash, request)
 
+    def taint(self, request: Request) -> None:
+        """The request had bad numbers, and its pages may too: no other finds them, and they are zeroed when nobody has them."""
+        held = self._holdings.get(request.uid)
+        for g, pool in enumerate(self._pools):
+            # Pages that it gave back already may be known by what it computed.
+            known = (pool.lookup(content_hash) for content_hash in request.block_hashes)
+            pool.taint([*(held.tables[g] if held else ()), *(block_id for block_id in known if block_id is not None)])
+
+    def take_to_zero(self) -> list[tuple[int, int]]:
+        """(group, page id) of what the next step must zero before all else."""
+        return [(g, block_id) for g, pool in enumerate(self._pools) for block_id in pool.take_to_zero()]
+
+    def zero_again(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """They were taken for a step that did not run."""
+        for g, block_id in blocks:
+            self._pools[g].zero_again([block_id])
+
     def _withdraw(self, content_hash: bytes, request: Request) -> None:
         if self._announced.get(content_hash) == request.uid:
             del self._announced[content_hash]

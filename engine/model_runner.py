@@ -121,6 +121,8 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.begin_step()
         with _out_of_memory_raised_as_ours(step):
+            if step.zeroed_blocks:
+                self._backend.zero_blocks(step.zeroed_blocks)
             self._batch.apply(step)
             self._pooler.fill(step.new_rows)
             if self._batch.feed is not None and _is_decodes_alone(step):
@@ -314,8 +316,10 @@ class ModelRunner:
         raw = logits[wants_rows] if wants.size else None  # a copy: sampling overwrites logits
         token_ids = sample(logits, batch)
         num_best = batch.num_logprobs[wants]
-        logprobs = None if raw is None else compute_logprobs(raw, token_ids[wants_rows], int(num_best.max()))
-        self._batch.record(launched.slots, token_ids)
+        # A bad row's next step, which may be launched before the host knows of it, needs some token that there is.
+        real_ids = token_ids.clamp(min=0)
+        logprobs = None if raw is None else compute_logprobs(raw, real_ids[wants_rows], int(num_best.max()))
+        self._batch.record(launched.slots, real_ids)
         if self._batch.feed is not None:
             self._batch.feed.set_output_index(np.asarray(launched.slots), batch.output_index + 1)
         return token_ids, logprobs, (wants.tolist(), num_best.tolist())

@@ -5,6 +5,9 @@ typical_p (of what these left, renormalised; transformers has the same order); t
 NeurIPS 2014): argmax(logits / T - log E) draws from softmax(logits / T).
 The noise is Philox keyed on the choice's seed with counter (vocabulary index // 4, output index, 0, 0), lane vocabulary
 index % 4. Ties go to the lowest token id. Greedy rows take the plain argmax.
+
+A row with a logit that is NaN or +inf, or without any that is finite, has no token: it gets BAD_TOKEN, which costs no wait for
+the device, and tells the scheduler to end the request.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 
 from engine.philox import WORD_MASK, token_noise, token_noise_on_host
 from engine.sampling_slots import FloatArray, SamplingBatch, SeedArray
+from engine.step import BAD_TOKEN
 from engine.step_feed import to_device
 from engine.token_masks import IntArray
 
@@ -32,15 +36,16 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     _apply_biases(logits, batch)
     _apply_penalties(logits, batch)
     _apply_masks(logits, batch)
-    random = np.flatnonzero(batch.temperature > 0)
-    if random.size == 0:
-        return _argmax(logits)
-    if random.size == batch.temperature.size:
-        return _sample_random(logits, batch, random)
     token_ids = _argmax(logits)
-    rows = to_device(random, logits.device)
-    token_ids[rows] = _sample_random(logits[rows], batch, random)
-    return token_ids
+    # NaN passes for the greatest of numbers here, so the best logit tells of the whole row.
+    is_sound = logits.gather(1, token_ids[:, None])[:, 0].isfinite()
+    random = np.flatnonzero(batch.temperature > 0)
+    if random.size == batch.temperature.size:
+        token_ids = _sample_random(logits, batch, random)
+    elif random.size:
+        rows = to_device(random, logits.device)
+        token_ids[rows] = _sample_random(logits[rows], batch, random)
+    return torch.where(is_sound, token_ids, BAD_TOKEN)
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,7 @@ class Scheduler:
         if not step.slots:
             return None
         step.freed_slots, self._freed_slots = self._freed_slots, []
+        step.zeroed_blocks = self.kv_cache.take_to_zero()
         self._num_steps += 1
         self._in_flight.append(flight)
         return step
@@ -396,6 +397,7 @@ class Scheduler:
         its step, ends with an error.
         """
         flight = self._in_flight.pop()
+        self.kv_cache.zero_again(flight.step.zeroed_blocks)
         self._undo(flight)
         num_tokens = flight.step.total_num_tokens
         self._budget.shrink(num_tokens)
@@ -443,6 +445,14 @@ class Scheduler:
             error=ErrorInfo.of(error),
         )
 
+    def _fail_for_bad_numbers(self, request: Request) -> RequestOutput:
+        """End a request whose numbers went bad, all its choices; whatever they computed is of no use to anybody."""
+        for choice in self._by_id[request.request_id]:
+            self.kv_cache.taint(choice)
+        place = "its prompt" if request.num_output_tokens == 0 else f"output token {request.num_output_tokens}"
+        sentence = f"the model gave no usable numbers (NaN or infinity) after {place}; only this request is ended"
+        return self.fail(request, RequestFailed(sentence, code="bad_numbers"))
+
     # -- take a step's result ---------------------------------------------------------------------------------------
 
     def update(self, result: ModelRunnerOutput) -> list[RequestOutput]:
@@ -459,7 +469,12 @@ class Scheduler:
             request = flight.rows[row]
             if request.status is _RUNNING:
                 request.pooled = vector if request.pooled is None else request.pooled + vector
-        outputs = self._take_chunks(flight)
+        outputs = [
+            self._fail_for_bad_numbers(flight.rows[row])
+            for row in dict.fromkeys(result.bad_rows)
+            if flight.rows[row].status is _RUNNING
+        ]
+        outputs += self._take_chunks(flight)
         sampled, num_silent = flight.sampled + flight.forked, len(outputs)
         for request, token_id, logprobs in zip(sampled, result.token_ids, result.logprobs, strict=True):
             request.num_inflight_steps -= 1
@@ -491,6 +506,8 @@ class Scheduler:
 
     def _take_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Append a token, end the request if it is its last, and return what there is to tell."""
+        if token_id < 0:
+            return self._fail_for_bad_numbers(request)
         request.token_ids.append(token_id)
         num_tokens = len(request.token_ids)
         if request.status is not _RUNNING:

@@ -18,6 +18,9 @@ from engine.sampling_params import SamplingParams
 SCRATCH_BLOCK_ID = 0
 """A page that is never handed out: padding rows write into it, and tables name it where a page has left the window."""
 
+BAD_TOKEN = -1
+"""Stands for the token of a row whose logits were no numbers to choose by."""
+
 
 @dataclass(frozen=True, slots=True)
 class KVGroupSpec:
@@ -72,7 +75,7 @@ class SchedulerOutput:
 
     Row r computes positions start_positions[r] .. + num_tokens[r] - 1 of its slot. A token at a position that NewRow did not
     bring is the slot's last sampled token, which the device holds. new_blocks: (slot, ids to append by group), applied before
-    the forward.
+    the forward. zeroed_blocks: (group, id) of pages that held bad numbers, zeroed before the forward.
     sampled_rows: rows whose last position is sampled. prompt_logprobs_rows: rows that want the logprobs of the prompt tokens
     that follow their positions. pooled_rows: rows whose hidden states are wanted.
     """
@@ -81,6 +84,7 @@ class SchedulerOutput:
     new_rows: list[NewRow] = field(default_factory=list)
     freed_slots: list[int] = field(default_factory=list)
     new_blocks: list[tuple[int, tuple[list[int], ...]]] = field(default_factory=list)
+    zeroed_blocks: list[tuple[int, int]] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     start_positions: list[int] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
@@ -109,9 +113,10 @@ class HostMasks:
 class ModelRunnerOutput:
     """Result of one step, parallel lists: sampled rows in order, then forks in order.
 
-    logprobs: None where the choice wants none. prompt_logprobs: by scheduled row, one entry a position of the chunk whose
-    following token is part of the prompt. pooled: by pooled row, float32 [hidden size]: with "mean" the sum over the chunk's
-    positions, with "last" the chunk's last position.
+    token_ids: see BAD_TOKEN. logprobs: None where the choice wants none. prompt_logprobs: by scheduled row, one entry a
+    position of the chunk whose following token is part of the prompt. pooled: by pooled row, float32 [hidden size]: with "mean"
+    the sum over the chunk's positions, with "last" the chunk's last position. bad_rows: scheduled rows whose prompt logprobs
+    or pooled vectors are no numbers.
     """
 
     step_id: int
@@ -119,6 +124,7 @@ class ModelRunnerOutput:
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     pooled: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
+    bad_rows: list[int] = field(default_factory=list)
 
 
 class PendingOutput(Protocol):

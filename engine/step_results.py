@@ -77,7 +77,14 @@ class PendingStep:
             for row, parts in self.prompt_logprobs.items()
         }
         pooled = {} if self.pooled is None else dict(zip(self.pooled_rows, self.pooled.numpy(), strict=True))
-        return ModelRunnerOutput(self.step_id, token_ids, logprobs, prompt_logprobs, pooled)
+        return ModelRunnerOutput(self.step_id, token_ids, logprobs, prompt_logprobs, pooled, self._bad_rows())
+
+    def _bad_rows(self) -> list[int]:
+        bad = [row for row, parts in self.prompt_logprobs.items() if any(bool(part.chosen.isnan().any()) for part in parts)]
+        if self.pooled is not None:
+            is_sound = self.pooled.isfinite().all(dim=1).tolist()
+            bad += [row for row, sound in zip(self.pooled_rows, is_sound, strict=True) if not sound]
+        return bad
 
 
 def _entries(tensors: LogprobsTensors, num_best: Sequence[int]) -> list[TokenLogprobs]:

@@ -119,6 +119,9 @@ class AttentionBackend(Protocol):
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy whole pages: (group, source id, target id), all layers of the group."""
 
+    def zero_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Zero whole pages: (group, id), all layers of the group."""
+
 
 class FusedRotation(Protocol):
     """A fused layer as the backend sees it: how its merged q, k and v become rotated, with k and v in their pages."""

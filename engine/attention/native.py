@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from engine.attention.base import AttentionNeeds, LayerSpec, RaggedBatch
-from engine.attention.pages import copy_pages, zeros
+from engine.attention.pages import copy_pages, zero_pages, zeros
 from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
 from engine.kernels.cpu_ops import AttentionStruct, CpuKernels, StepRows
 from engine.step import KVGroupSpec
@@ -108,3 +108,7 @@ class NativeBackend:
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """See AttentionBackend. Sources are read before any target is written."""
         copy_pages(self._groups, self._pages, copies, torch.device("cpu"))
+
+    def zero_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """See AttentionBackend."""
+        zero_pages(self._groups, self._pages, blocks, torch.device("cpu"))

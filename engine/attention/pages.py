@@ -74,6 +74,10 @@ class PagedBackend:
         """See AttentionBackend."""
         copy_pages(self._groups, self._pages, copies, self._device)
 
+    def zero_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """See AttentionBackend."""
+        zero_pages(self._groups, self._pages, blocks, self._device)
+
     def prepare(self, batch: RaggedBatch) -> PagedStep:
         """See AttentionBackend."""
         rows = batch.device
@@ -165,6 +169,25 @@ def copy_pages(
             for pages in pages_by_layer[index]:
                 raw = pages.view(torch.uint8)  # FP8 has no index_copy: pages are moved as bytes
                 raw.index_copy_(0, targets, raw.index_select(0, sources))
+
+
+def zero_pages(
+    groups: Sequence[KVGroupSpec],
+    pages_by_layer: Mapping[int, tuple[torch.Tensor, ...]],
+    blocks: Sequence[tuple[int, int]],
+    device: torch.device,
+    *,
+    dim: int = 0,
+) -> None:
+    """Zero whole pages: (group, id), in all layers of the group. dim: of a layer's tensors, where pages are counted."""
+    for g, group in enumerate(groups):
+        ids = [block_id for of_group, block_id in blocks if of_group == g]
+        if not ids:
+            continue
+        index = torch.tensor(ids, dtype=torch.int64).to(device, non_blocking=True)
+        for layer in group.layer_indices:
+            for pages in pages_by_layer[layer]:
+                pages.view(torch.uint8).index_fill_(dim, index, 0)  # as bytes: FP8 has no index_fill
 
 
 def with_sinks(out_THD: torch.Tensor, lse_HT: torch.Tensor, sinks_H: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionNeeds, LayerSpec, RaggedBatch
-from engine.attention.pages import zeros
+from engine.attention.pages import zero_pages, zeros
 from engine.step import KVGroupSpec
 
 _MAX_SCORES = 1 << 24  # scores of a row materialised at once (heads x queries x keys); the softcap and sink path slices to it
@@ -182,6 +182,11 @@ class SdpaBackend:
             for index in group.layer_indices:
                 pages = self._pages[index]
                 pages.index_copy_(2, targets, pages.index_select(2, sources))
+
+    def zero_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """See AttentionBackend."""
+        pages_by_layer = {index: (pages,) for index, pages in self._pages.items()}
+        zero_pages(self._groups, pages_by_layer, blocks, self._device, dim=2)
 
 
 def _attend(layer: LayerSpec, row: _Row, q_KGQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor) -> torch.Tensor:

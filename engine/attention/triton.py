@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionNeeds, DeviceRows, FusedRotation, LayerSpec, RaggedBatch
-from engine.attention.pages import copy_pages
+from engine.attention.pages import copy_pages, zero_pages
 from engine.kernels.compiler import HAS_TRITON
 from engine.kernels.decode_attention import DecodeTiles, DecodeWorkspace, paged_decode_attention, plan_decode
 from engine.kernels.prefill_attention import (
@@ -282,3 +282,7 @@ class TritonBackend:
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """See AttentionBackend."""
         copy_pages(self._groups, self._pages, copies, self._device)
+
+    def zero_blocks(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """See AttentionBackend."""
+        zero_pages(self._groups, self._pages, blocks, self._device)

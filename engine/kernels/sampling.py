@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.kernels.compiler import HAS_TRITON, tl, triton
+from engine.step import BAD_TOKEN
 
 _TILE = 2048
 """Tokens a program takes. The same for every batch, because sums over a row are made from sums over tiles."""
@@ -27,6 +28,9 @@ _NEVER = -(2**63)
 
 # Where a row of a filtered step stands.
 _DONE, _DRAWN, _REJECTED, _OPEN = (tl.constexpr(state) if HAS_TRITON else state for state in range(4))
+
+_BAD_TOKEN = tl.constexpr(BAD_TOKEN) if HAS_TRITON else BAD_TOKEN
+_HIGHEST = tl.constexpr(3.4028234663852886e38) if HAS_TRITON else 3.4028234663852886e38  # of finite float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,8 @@ def sample_tokens(
 
     logits_BV: any float type, rows may be strided. row_slots_B: int32, -1 for padding rows, which write nothing.
     mode: the most that any row asks for: "greedy", "random" (a temperature) or "filtered" (top_k, top_p, min_p as well).
-    Ties go to the lowest token id. NaN never wins over a number.
+    Ties go to the lowest token id. A row with NaN or +inf, or without a finite logit, gets BAD_TOKEN, and its slot token 0 for
+    its last: the next step may read it before the host knows.
     """
     num_rows, vocab_size = logits_BV.shape
     assert mode in ("greedy", "random", "filtered") and logits_BV.stride(1) == 1
@@ -139,6 +144,9 @@ def sample_tokens_reference(
     for row, noise, temperature, top_k, top_p, min_p in zip(
         logits_BV.float(), log_exponentials_BV, temperature_B, top_k_B, top_p_B, min_p_B, strict=True
     ):
+        if not row.max().isfinite():
+            tokens.append(torch.tensor(BAD_TOKEN, device=row.device))
+            continue
         if temperature == 0:
             tokens.append(row.argmax())
             continue
@@ -223,10 +231,10 @@ def _scale(logits, temperature, inverse):
 
 @triton.jit
 def _load_tile(row_ptr, start, vocab_size, TILE: tl.constexpr):
-    """Logits of tokens start .. as float32 [TILE / 8, 8], -inf for NaN and past the end, and the token ids."""
+    """Logits of tokens start .. as float32 [TILE / 8, 8], +inf for NaN and -inf past the end, and the token ids."""
     tokens = start + tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     logits = tl.load(row_ptr + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    return tl.where(logits > float("-inf"), logits, float("-inf")), tokens
+    return tl.where(logits < float("inf"), logits, float("inf")), tokens
 
 
 @triton.jit
@@ -250,9 +258,16 @@ def _token_of(packed):
 
 
 @triton.jit
+def _is_sound(packed):
+    """Whether the best score of a row is a finite number."""
+    high = packed >> 32
+    return (high < 0x7F800000) & (high > -0x7F800001)
+
+
+@triton.jit
 def _emit(token, row, slot, out_ptr, last_token_ptr, output_index_ptr):
     tl.store(out_ptr + row, token.to(tl.int64))
-    tl.store(last_token_ptr + slot, token.to(tl.int64))
+    tl.store(last_token_ptr + slot, tl.maximum(token, 0).to(tl.int64))
     tl.store(output_index_ptr + slot, tl.load(output_index_ptr + slot) + 1)
 
 
@@ -336,13 +351,18 @@ def _draw_kernel(
         temperature = tl.load(temperature_ptr + slot)
         if temperature > 0.0:
             words = _token_words(start, tl.load(seed_ptr + slot), tl.load(output_index_ptr + slot), TILE)
-            scores = _scale(scores, temperature, tl.div_rn(1.0, temperature)) - _log_exponential(words)
+            noisy = _scale(scores, temperature, tl.div_rn(1.0, temperature)) - _log_exponential(words)
+            # A small temperature makes no logit infinite: only those are that were.
+            bounded = tl.minimum(tl.maximum(noisy, -_HIGHEST), _HIGHEST)
+            scores = tl.where(tl.abs(scores) < float("inf"), bounded, scores)
     tl.atomic_max(best_ptr + row, _best_of_tile(scores, tokens), sem="relaxed")
     if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        token = _token_of(tl.atomic_xchg(best_ptr + row, -0x8000000000000000, sem="relaxed"))
+        best = tl.atomic_xchg(best_ptr + row, -0x8000000000000000, sem="relaxed")
+        is_sound = _is_sound(best)
+        token = tl.where(is_sound, _token_of(best), _BAD_TOKEN)
         tl.store(arrived_ptr + row, 0)
         if MODE == "filtered":
-            if _has_filter(slot, vocab_size, temperature, top_k_ptr, top_p_ptr, min_p_ptr):
+            if is_sound & _has_filter(slot, vocab_size, temperature, top_k_ptr, top_p_ptr, min_p_ptr):
                 tl.store(out_ptr + row, token)
                 tl.store(states_ptr + row, _DRAWN)
             else:

@@ -13,6 +13,7 @@ import torch
 from engine.philox import log_exponential, philox4x32, token_noise, token_noise_on_host
 from engine.sampler import NOISE_RANGE, compute_logprobs, gumbel_argmax_dense, gumbel_argmax_pruned, sample
 from engine.sampling_slots import PenaltyRows, SamplingBatch
+from engine.step import BAD_TOKEN
 
 VOCAB = 61  # no multiple of the four lanes
 
@@ -176,13 +177,35 @@ def test_greedy_takes_the_lowest_of_the_best() -> None:
     assert (mixed[0], mixed[2]) == (7, 60)
 
 
-def test_a_row_of_nan_harms_no_other() -> None:
-    logits = random_logits(3)
+KNOBS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 7},
+    {"temperature": 1.2, "min_p": 0.1, "typical_p": 0.9},
+    {"temperature": [0.0, 0.8, 0.0, 0.8, 0.8, 0.0]},
+]
+
+
+@pytest.mark.parametrize("knobs", KNOBS)
+def test_a_row_of_bad_numbers_has_no_token_and_harms_no_other(knobs: dict[str, Any]) -> None:
+    logits = random_logits(6)
     logits[1] = float("nan")
-    columns = {"temperature": 0.8, "top_p": 0.9, "seed": [1, 2, 3]}
-    tokens = sample(logits.clone(), batch_of(3, **columns)).tolist()
-    assert tokens[0] == sample(logits[:1].clone(), batch_of(1, **columns | {"seed": 1})).item()
-    assert 0 <= tokens[1] < VOCAB
+    logits[2, 60] = float("nan")
+    logits[3] = float("-inf")
+    logits[4, 5] = float("inf")
+    columns: dict[str, Any] = knobs | {"seed": np.arange(6)}
+    allowed = {5: np.array([1 << 7, 0], dtype=np.int32)}
+    tokens = sample(logits.clone(), batch_of(6, **columns, allowed=allowed)).tolist()
+    alone = columns | {"seed": 0, "temperature": np.broadcast_to(knobs["temperature"], 6)[0]}
+    assert tokens[0] == sample(logits[:1].clone(), batch_of(1, **alone)).item()
+    assert tokens[1:5] == [BAD_TOKEN] * 4 and tokens[5] == 7
+
+
+def test_a_tiny_temperature_is_no_bad_number() -> None:
+    logits = torch.full((1, VOCAB), -20.0)
+    assert sample(logits.clone(), batch_of(1, temperature=1e-38)).item() != BAD_TOKEN
+    logits[0, 9] = 20.0
+    assert sample(logits, batch_of(1, temperature=1e-38)).item() == 9
 
 
 # -- knobs ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from engine.kernels import sampling
 from engine.kernels.compiler import tl, triton
 from engine.kernels.sampling import SamplingColumns, SamplingWorkspace, sample_tokens, sample_tokens_reference
 from engine.philox import log_exponential, philox4x32, token_noise
+from engine.step import BAD_TOKEN
 
 pytest.importorskip("triton")
 
@@ -43,7 +44,7 @@ class Case:
         assert (out[~self.used] == -7).all()
         slots = self.slots[self.used].long()
         expected_last, advanced = torch.full_like(last, -7), before.clone()
-        expected_last[slots] = out[self.used]
+        expected_last[slots] = out[self.used].clamp(min=0)
         advanced[slots] += 1
         assert torch.equal(last, expected_last) and torch.equal(self.params.output_index, advanced)
         assert (workspace.best == sampling._NEVER).all() and not workspace.arrived.any() and not workspace.states.any()
@@ -153,15 +154,26 @@ def test_ties_go_to_the_lowest_token() -> None:
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_p": 0.5, "top_k": 4, "min_p": 0.1}])
-def test_bad_numbers_neither_win_nor_crash(options: dict[str, float]) -> None:
-    logits = random_logits(4, 3000)
-    logits[0, ::2] = float("nan")
+def test_rows_of_bad_numbers_have_no_token(options: dict[str, float]) -> None:
+    logits = random_logits(6, 3000)
+    logits[0, 2999] = float("nan")
     logits[1] = float("nan")
     logits[2] = float("-inf")
     logits[3] = float("-inf")
     logits[3, 2222] = -5.0
-    tokens = make_case(logits, **options).run().tolist()
-    assert tokens[0] % 2 == 1 and tokens[1:] == [0, 0, 2222]
+    logits[4, 17] = float("inf")
+    case = make_case(logits, **options)
+    tokens = case.run().tolist()
+    assert tokens[:3] == [BAD_TOKEN] * 3 and tokens[3:5] == [2222, BAD_TOKEN]
+    assert tokens[5] == case.expected().tolist()[5], "its neighbours draw as ever"
+
+
+@pytest.mark.parametrize("mode", ["random", "filtered"])
+def test_a_tiny_temperature_is_no_bad_number(mode: str) -> None:
+    logits = torch.full((2, 2500), -20.0)
+    logits[1, 2400] = 20.0
+    tokens = make_case(logits, temperature=1e-38).run(mode).tolist()
+    assert tokens[0] != BAD_TOKEN and tokens[1] == 2400
 
 
 # -- filters ----------------------------------------------------------------------------------------------------------
