@@ -17,7 +17,7 @@ from server.disconnect import unless_disconnected
 from server.errors import ClientDisconnected
 
 DONE = b"data: [DONE]\n\n"
-PING_INTERVAL_S = 15
+PING_INTERVAL_S = 5
 _PING = ServerSentEvent(comment="waiting", sep="\n").encode()
 """A comment that keeps proxies from closing a quiet connection."""
 
