@@ -91,13 +91,11 @@ class Backlog:
         before = Work(self._num_waiting(), self.tokens_ahead())
         added = Work(sum(work.num_choices for work in works), sum(work.num_tokens for work in works))
         self._open, self._waiting = _sum(self._open, added), _sum(self._waiting, added)
-        try:
-            self._check_requests(before, added)
-            self._check_tokens(before, added)
-        except Overloaded:
-            self._no_longer_waits(added)
-            self._has_ended(added)
-            raise
+        for too_much in (self._too_many_requests(before, added), self._too_many_tokens(before, added)):
+            if too_much is not None:
+                self._no_longer_waits(added)
+                self._has_ended(added)
+                raise self.overloaded(*too_much)
         self._measure()
         return [Ticket(self, work) for work in works]
 
@@ -127,24 +125,25 @@ class Backlog:
     def _num_waiting(self) -> int:
         return max(0, self._open.num_choices - self._num_slots)
 
-    def _check_requests(self, before: Work, added: Work) -> None:
+    def _too_many_requests(self, before: Work, added: Work) -> tuple[str, str] | None:
+        """The reason to refuse what has been added, and a sentence about it; None where there is none."""
         limit = self._num_slots if self._max_waiting_requests is None else self._max_waiting_requests
-        if limit and before.num_choices and self._num_waiting() > limit:
-            sentence = (
-                f"{before.num_choices} requests are waiting, and with {added.num_choices} more it would be more than {limit}"
-            )
-            raise self.overloaded("waiting_requests", f"{sentence} (--max-waiting-requests)")
+        if not limit or not before.num_choices or self._num_waiting() <= limit:
+            return None
+        waiting = f"{before.num_choices} requests are waiting, and with {added.num_choices} more it would be more than {limit}"
+        return "waiting_requests", f"{waiting} (--max-waiting-requests)"
 
-    def _check_tokens(self, before: Work, added: Work) -> None:
+    def _too_many_tokens(self, before: Work, added: Work) -> tuple[str, str] | None:
         if self._max_waiting_tokens is not None:
             limit, why = self._max_waiting_tokens, "--max-waiting-tokens"
         else:
             limit, why = int(self._pace.tokens_a_second * MAX_WAIT_S), f"{MAX_WAIT_S:.0f} s of work; --max-waiting-tokens"
-        if limit and before.num_tokens and self.tokens_ahead() > limit:
-            sentence = (
-                f"about {before.num_tokens} tokens are waiting, and with {added.num_tokens} more it would be more than {limit}"
-            )
-            raise self.overloaded("waiting_tokens", f"{sentence} ({why})")
+        if not limit or not before.num_tokens or self.tokens_ahead() <= limit:
+            return None
+        waiting = (
+            f"about {before.num_tokens} tokens are waiting, and with {added.num_tokens} more it would be more than {limit}"
+        )
+        return "waiting_tokens", f"{waiting} ({why})"
 
     def _no_longer_waits(self, work: Work) -> None:
         self._waiting = _sum(self._waiting, work, -1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.core import EngineCore
 from engine.kv_cache_manager import KVCacheManager
-from engine.messages import AddRequest, Pooling, RequestOutput
+from engine.messages import AddRequest, ErrorInfo, Pooling, RequestOutput
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.scheduler import Scheduler
 from tests.fake_runner import VOCAB_SIZE, FakeRunner, expected_tokens, group
@@ -28,6 +29,7 @@ class Harness:
     caching: bool = True
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     finished: dict[tuple[str, int], str] = field(default_factory=dict)
+    errors: dict[str, ErrorInfo] = field(default_factory=dict)
     outputs: list[RequestOutput] = field(default_factory=list)
     num_choices: dict[str, int] = field(default_factory=dict)
 
@@ -59,13 +61,30 @@ class Harness:
         *,
         priority: int = 0,
         pooling: Pooling | None = None,
+        alone: bool = False,
+        first_token_deadline_s: float | None = None,
+        deadline_s: float | None = None,
+        output: Sequence[list[int]] = (),
         **sampling: object,
     ) -> None:
+        """output: what an earlier engine produced, by choice."""
         params = SamplingParams(**{"max_tokens": 0 if pooling else 8, **sampling})
         self.num_choices[request_id] = params.n
         self.core.add(
-            AddRequest(request_id=request_id, prompt_token_ids=prompt, sampling=params, priority=priority, pooling=pooling)
+            AddRequest(
+                request_id=request_id,
+                prompt_token_ids=prompt,
+                output_token_ids=list(output),
+                sampling=params,
+                priority=priority,
+                pooling=pooling,
+                alone=alone,
+                first_token_deadline_s=first_token_deadline_s,
+                deadline_s=deadline_s,
+            )
         )
+        for choice, tokens in enumerate(output):
+            self.tokens[request_id, choice] = list(tokens)
 
     def step(self) -> list[RequestOutput]:
         outputs = self.core.step()
@@ -86,7 +105,8 @@ class Harness:
 
     def _end_with_error(self, output: RequestOutput) -> None:
         """An error ends all choices of a request, as a frontend has it."""
-        assert output.error is not None and output.error.kind == "RequestFailed" and output.finish_reason == "error"
+        assert output.error is not None and output.finish_reason == "error"
+        self.errors[output.request_id] = output.error
         for choice in range(self.num_choices[output.request_id]):
             self.finished.setdefault((output.request_id, choice), "error")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+from engine.waiting_queue import LEVEL_S, MAX_LEVELS, rank
 from tests.scheduler_harness import Harness, expect, prompt_of
 
 
@@ -45,3 +48,50 @@ def test_pages_are_taken_from_the_highest_number_first(depth: int) -> None:
     assert last["unimportant"].num_preemptions > 0
     for name, prompt in prompts.items():
         assert harness.tokens[name, 0] == expect(prompt, 24)
+
+
+def test_equal_numbers_are_served_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the clock does not tell their arrivals apart."""
+    monkeypatch.setattr("engine.scheduler.time", SimpleNamespace(monotonic=lambda: 5.0))
+    harness = Harness(max_num_seqs=1)
+    for i in range(6):
+        harness.add(f"r{i}", prompt_of(3, seed=i), max_tokens=1)
+    harness.run()
+    assert first_tokens(harness) == [f"r{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize(("waited_levels", "order"), [(2.9, ["new", "old"]), (3.1, ["old", "new"])])
+def test_a_number_falls_while_its_request_waits(
+    monkeypatch: pytest.MonkeyPatch, waited_levels: float, order: list[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("engine.scheduler.time", SimpleNamespace(monotonic=lambda: now))
+    harness = Harness(max_num_seqs=1)
+    harness.add("running", prompt_of(3), max_tokens=3)
+    harness.step()
+    harness.add("old", prompt_of(3, seed=1), priority=4, max_tokens=1)
+    now += waited_levels * LEVEL_S
+    harness.add("new", prompt_of(3, seed=2), priority=1, max_tokens=1)
+    harness.run()
+    assert first_tokens(harness) == ["running", *order]
+
+
+def test_nobody_starves_behind_a_stream_of_lower_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("engine.scheduler.time", SimpleNamespace(monotonic=lambda: now))
+    harness = Harness(max_num_seqs=1)
+    harness.add("patient", prompt_of(3), priority=2**31 - 1, max_tokens=2)
+    for i in range(2 * MAX_LEVELS):
+        harness.add(f"r{i}", prompt_of(3, seed=i), max_tokens=1)
+        now += LEVEL_S
+        harness.step()
+        if ("patient", 0) in harness.tokens:
+            break
+    assert MAX_LEVELS - 2 <= i <= MAX_LEVELS + 2
+    harness.run()
+
+
+def test_ranks() -> None:
+    assert rank(10.0, 0) == 10.0
+    assert rank(0.0, 1) < rank(LEVEL_S + 0.1, 0) < rank(0.0, 2)
+    assert rank(0.0, MAX_LEVELS) == rank(0.0, 2**31 - 1) and rank(0.0, -MAX_LEVELS) == rank(0.0, -(2**31))
