@@ -22,7 +22,7 @@ class ArmedCrashPoint:
     def planned(self, step: SchedulerOutput) -> None:
         """Look at the prompts that a step begins with."""
         if self._point.token_id is not None:
-            self._is_marked = any(self._point.token_id in row.token_ids for row in step.new_rows)
+            self._is_marked = any(self._point.token_id in row.token_ids[: row.num_prompt_tokens] for row in step.new_rows)
 
     def reached(self, place: CrashPlace) -> None:
         """Die here, if it is time."""
