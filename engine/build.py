@@ -92,7 +92,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     kernels = _load_kernels(config, limits, phases)
     with phases.phase("resolve", config.model.model):
         folder = resolve_model(config.model, report)
-        hf_config = read_config(folder)
+        hf_config = read_config(folder, trust_remote_code=config.model.trust_remote_code)
         dtype = resolve_dtype(config.model.dtype, limits.device, hf_config, has_kernels=kernels is not None)
         kv_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
     # Before any weight is read: a context that does not fit is refused here.

@@ -35,6 +35,8 @@ _TOKENIZER_FIELDS = ("tokenizer.ggml.pre", "tokenizer.ggml.model", "tokenizer.gg
 _LLAMA3_WORDS = (  # how Llama 3 splits text before BPE: contractions, words, up to three digits, marks, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+_OTHER_PICKLES = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"})  # what training leaves
 _TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
 
@@ -52,10 +54,10 @@ def resolve_model(config: ModelConfig, report: Report) -> Path:
         if path.is_file():
             return convert_gguf(path, gguf_folder(path, root), report)
         if path.is_dir():
-            return _with_tokenizer(path, root, config.load_format == "dummy", report)
+            return _with_tokenizer(path, root, config, report)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model) or config.model.startswith(".") or path.suffix == ".gguf":
             raise ModelLoadError(f"there is no file or folder {path}: give a Hub id, a model folder, a GGUF file or 'demo'")
-        return _with_tokenizer(_download(config, report), root, config.load_format == "dummy", report)
+        return _with_tokenizer(_download(config, report), root, config, report)
 
 
 @contextmanager
@@ -182,16 +184,24 @@ def _download(config: ModelConfig, report: Report) -> Path:
     )
 
     name = config.model
-    weights = [] if config.load_format == "dummy" else ["*.safetensors"]
     report("fetch", f"{name} from the Hugging Face Hub", None)
-    try:
+
+    def fetch(*weights: str) -> Path:
         folder = snapshot_download(
             name,
             revision=config.revision,
             cache_dir=config.download_dir,
-            allow_patterns=_HUB_FILES + weights,
-            ignore_patterns=["original/*", "onnx/*", "*/*.safetensors"],
+            allow_patterns=[*_HUB_FILES, *(["*.py"] if config.trust_remote_code else []), *weights],
+            ignore_patterns=["original/*", "onnx/*", "*/*.safetensors", "*/*.bin"],
         )
+        return Path(folder)
+
+    try:
+        if config.load_format == "dummy":
+            return fetch()
+        folder = fetch("*.safetensors")
+        is_pickled = config.allow_pickled_weights and not any(folder.glob("*.safetensors"))
+        return fetch("pytorch_model*.bin") if is_pickled else folder
     except GatedRepoError as error:
         raise ModelLoadError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and log in with `hf auth login`"
@@ -209,18 +219,15 @@ def _download(config: ModelConfig, report: Report) -> Path:
             f"{name} is not in the cache and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), "
             "or give a local folder"
         ) from error
-    return Path(folder)
 
 
-def _with_tokenizer(folder: Path, root: Path, is_dummy: bool, report: Report) -> Path:
+def _with_tokenizer(folder: Path, root: Path, config: ModelConfig, report: Report) -> Path:
     """`folder` itself where it is complete, else a cached folder that links to its files and adds a tokenizer.json."""
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder} has no config.json: give a Hugging Face model folder, a GGUF file or a Hub id")
-    if not is_dummy and not any(folder.glob("*.safetensors")):
-        raise ModelLoadError(
-            f"{folder} has no *.safetensors weights: convert them (transformers' save_pretrained writes safetensors) "
-            "or give the path of a GGUF file"
-        )
+    is_dummy = config.load_format == "dummy"
+    if not is_dummy:
+        _check_weights(folder, allow_pickled=config.allow_pickled_weights)
     if (folder / "tokenizer.json").is_file():
         return folder
     sources = [folder / name for name in _TOKENIZER_SOURCES if (folder / name).is_file()]
@@ -234,9 +241,27 @@ def _with_tokenizer(folder: Path, root: Path, is_dummy: bool, report: Report) ->
     if not (target / "config.json").is_file():
         report("convert", f"tokenizer of {folder}", None)
         with _new_folder(target) as temporary:
-            _convert_tokenizer(folder, temporary)
+            _convert_tokenizer(folder, temporary, trust_remote_code=config.trust_remote_code)
             _link_files(folder, temporary)
     return target
+
+
+def _check_weights(folder: Path, *, allow_pickled: bool) -> None:
+    """Raises ModelLoadError where there are no weights that may be read. Safetensors, where there are any, are what is read."""
+    if any(folder.glob("*.safetensors")):
+        return
+    found = dict.fromkeys(path.name for pattern in _PICKLED_WEIGHTS for path in sorted(folder.glob(pattern)))
+    pickled = [name for name in found if name not in _OTHER_PICKLES]
+    convert = "convert them (transformers' save_pretrained writes safetensors)"
+    if not pickled:
+        raise ModelLoadError(f"{folder} has no *.safetensors weights: {convert} or give the path of a GGUF file")
+    if not allow_pickled:
+        raise ModelLoadError(
+            f"{folder} has no *.safetensors weights, only pickles such as {pickled[0]}, which may run code when they are read: "
+            f"{convert}, or pass --allow-pickled-weights if you trust whoever made them"
+        )
+    if not any(folder.glob("pytorch_model*.bin")):
+        raise ModelLoadError(f"{folder} has weights in {pickled[0]}, but transformers reads pytorch_model*.bin: {convert}")
 
 
 def _with_stand_in_tokenizer(folder: Path, root: Path, report: Report) -> Path:
@@ -263,11 +288,11 @@ def _link_files(folder: Path, target: Path) -> None:
             (target / source.name).symlink_to(source)
 
 
-def _convert_tokenizer(folder: Path, target: Path) -> None:
+def _convert_tokenizer(folder: Path, target: Path, *, trust_remote_code: bool) -> None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer.save_pretrained(target)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise ModelLoadError(f"the tokenizer in {folder} cannot be converted: {str(error).splitlines()[0]}") from error

@@ -70,13 +70,13 @@ def load_model(
     served_context: longest sequence in tokens that will be served; without one, max_model_len, else all the model knows.
     Rotary frequencies are fixed for it. Raises ModelNotSupported or ModelLoadError, with what to do instead.
     """
-    config = read_config(folder)
+    config = read_config(folder, trust_remote_code=model_config.trust_remote_code)
     text_config = config.get_text_config(decoder=True)
     max_position = max_context(text_config)
     hf.register()
     logging.disable_progress_bar()
     build = _build_dummy if model_config.load_format == "dummy" else _load_weights
-    model = build(folder, config, device, dtype).eval().requires_grad_(False)
+    model = build(folder, config, device, dtype, model_config).eval().requires_grad_(False)
     fix_rotary(model, served_context or model_config.max_model_len or max_position)
     return LoadedModel(
         model=model,
@@ -125,22 +125,28 @@ def max_context(config: PretrainedConfig) -> int:
     return context
 
 
-def _load_weights(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _load_weights(
+    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, model_config: ModelConfig
+) -> torch.nn.Module:
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": hf.ATTENTION_NAME}
+    # Only where pickles are allowed, and there is nothing else, are they looked at; torch then reads tensors out of them alone.
+    options["use_safetensors"] = not model_config.allow_pickled_weights or any(folder.glob("*.safetensors"))
     if getattr(config, "quantization_config", None) is not None:  # MXFP4, the only one that check_supported lets through
         from transformers.utils.quantization_config import Mxfp4Config
 
         options["quantization_config"] = Mxfp4Config(dequantize=True)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, **options, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            folder, **options, trust_remote_code=model_config.trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"the weights in {folder} cannot be loaded: {error}") from error
-    except Exception as error:  # safetensors has an error class of its own, outside the usual ones
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelLoadError(f"a weights file in {folder} is damaged ({error}): fetch it again") from error
+    except Exception as error:  # safetensors and pickle have error classes of their own, outside the usual ones
+        if type(error).__name__ == "SafetensorError":
+            raise ModelLoadError(f"a weights file in {folder} is damaged ({error}): fetch it again") from error
+        if type(error).__name__ == "UnpicklingError":
+            raise ModelLoadError(f"a pickle in {folder} is damaged or holds more than tensors, so it is not read") from error
+        raise
     model: torch.nn.Module = loaded[0]
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
@@ -151,7 +157,9 @@ def _load_weights(folder: Path, config: PretrainedConfig, device: torch.device, 
     return model.to(device)
 
 
-def _build_dummy(folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def _build_dummy(
+    folder: Path, config: PretrainedConfig, device: torch.device, dtype: torch.dtype, model_config: ModelConfig
+) -> torch.nn.Module:
     """Random weights by the model's own rule (norms ones, the rest normal), the same on every start of one device and torch.
 
     Built without memory and drawn on the device itself: a GPU writes them at the speed of its memory, and nothing is drawn
@@ -161,7 +169,7 @@ def _build_dummy(folder: Path, config: PretrainedConfig, device: torch.device, d
         del config.quantization_config
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=hf.ATTENTION_NAME, trust_remote_code=False
+            config, dtype=dtype, attn_implementation=hf.ATTENTION_NAME, trust_remote_code=model_config.trust_remote_code
         )
     model.to_empty(device=device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from engine.errors import ModelLoadError, ModelNotSupported
 
@@ -34,8 +35,8 @@ _RECURRENT_FIELDS = (
 )
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in `folder`, read without running any code from it, and checked.
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration in `folder`, checked, and read without running any code from there unless that is trusted.
 
     Raises ModelLoadError for a file that is missing or broken, ModelNotSupported for a model Octavo cannot run.
     """
@@ -49,33 +50,37 @@ def read_config(folder: Path) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read: {error}") from error
     model_type = fields.get("model_type") if isinstance(fields, dict) else None
-    if model_type not in CONFIG_MAPPING:
-        if isinstance(fields, dict) and "auto_map" in fields:
+    has_code = isinstance(fields, dict) and "auto_map" in fields
+    if model_type not in CONFIG_MAPPING and not (has_code and trust_remote_code):
+        if has_code:
             raise ModelNotSupported(
-                f"model type {model_type!r} comes with code of its own (trust_remote_code), which Octavo does not run: "
-                "use a model that transformers knows"
+                f"model type {model_type!r} comes with code of its own, which is run only with --trust-remote-code: "
+                "read it first, or use a model that transformers knows"
             )
         raise ModelNotSupported(
             f"transformers {transformers.__version__} knows no model type {model_type!r}: use another model or a later Octavo"
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelLoadError(f"{path} is no valid {model_type} configuration: {error}") from error
-    check_supported(config)
+    check_supported(config, folder if trust_remote_code else None)
     return config
 
 
-def check_supported(config: PretrainedConfig) -> None:
-    """Raise ModelNotSupported, saying why and what to use instead, unless pages can serve this model exactly.
+def check_supported(config: PretrainedConfig, trusted: Path | None = None) -> None:
+    """trusted: the model's folder, where code in it may be run.
+
+    Raise ModelNotSupported, saying why and what to use instead, unless pages can serve this model exactly.
 
     What only the loaded model can show (a layer that bypasses the attention interface) `attention.hf.probe_layers` finds.
     """
     fields = config.to_dict()  # a config whose attributes vary by layer refuses getattr
+    model_class = _model_class(config, trusted)
     reason = (
         _modality_reason(config, fields)
-        or _architecture_reason(config)
-        or _attention_reason(config, fields)
+        or _architecture_reason(config, model_class)
+        or _attention_reason(model_class, fields)
         or _quantization_reason(fields)
     )
     if reason is not None:
@@ -97,8 +102,19 @@ def _modality_reason(config: PretrainedConfig, fields: dict[str, Any]) -> str | 
     return None
 
 
-def _architecture_reason(config: PretrainedConfig) -> str | None:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+def _model_class(config: PretrainedConfig, trusted: Path | None) -> Any:
+    """The class that will be loaded, the model's own where its code is trusted; None where there is none."""
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if trusted is None or own is None:
+        return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    try:
+        return get_class_from_dynamic_module(own, trusted)
+    except Exception as error:  # it is somebody's program
+        raise ModelLoadError(f"the model's own code in {trusted} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _architecture_reason(config: PretrainedConfig, model_class: Any) -> str | None:
+    if model_class is None:
         return "transformers has no causal language model of this type; use a model for text generation"
     architectures = config.architectures or []
     if architectures and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures):
@@ -106,7 +122,7 @@ def _architecture_reason(config: PretrainedConfig) -> str | None:
     return None
 
 
-def _attention_reason(config: PretrainedConfig, fields: dict[str, Any]) -> str | None:
+def _attention_reason(model_class: Any, fields: dict[str, Any]) -> str | None:
     if _uses_alibi(fields):
         return f"ALiBi position biases are not served by paged attention here; {_SOFTMAX_DECODER}"
     if fields.get("kv_lora_rank"):
@@ -119,7 +135,6 @@ def _attention_reason(config: PretrainedConfig, fields: dict[str, Any]) -> str |
     recurrent = [name for name in _RECURRENT_FIELDS if fields.get(name) is not None]
     if recurrent:
         return f"it keeps a recurrent or convolutional state ({recurrent[0]}); {_SOFTMAX_DECODER}"
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not getattr(model_class, "_supports_attention_backend", False):
         return f"transformers' {model_class.__name__} does not let attention be replaced; {_SOFTMAX_DECODER}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,26 @@ def test_a_hub_download_asks_for_what_is_needed(llama: Path, monkeypatch: pytest
     assert resolve_model(config, silent) == llama
     assert (asked["name"], asked["revision"], asked["cache_dir"]) == ("someone/model", "main", str(tmp_path))
     assert "*.safetensors" in asked["allow_patterns"]
-    assert not any("bin" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+    assert not any("bin" in pattern or ".py" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_download_asks_for_pickles_and_code_only_where_they_are_trusted(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+    folders = [pickled_copy(llama, tmp_path / "without"), llama]
+
+    def snapshot(name: str, **settings: Any) -> str:
+        asked.append(settings["allow_patterns"])
+        return str(folders[min(len(asked), len(folders)) - 1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    resolve_model(ModelConfig(model="a/b", allow_pickled_weights=True, trust_remote_code=True), silent)
+    assert ["*.safetensors" in patterns for patterns in asked] == [True, False]
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
+    assert all("*.py" in patterns for patterns in asked)
 
 
 def test_demo_without_pip_or_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -265,12 +285,115 @@ def test_refusals_say_why_and_what_instead(config: PretrainedConfig, reason: str
     assert "use " in caught.value.message
 
 
+CONFIG_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig
+
+Path(__file__).with_name("ran").touch()
+
+class StrangeConfig(LlamaConfig):
+    model_type = "strange"
+"""
+MODEL_CODE = """
+from transformers import LlamaForCausalLM
+from .configuration_strange import StrangeConfig
+
+class StrangeForCausalLM(LlamaForCausalLM):
+    config_class = StrangeConfig
+"""
+
+
+def test_code_of_the_model_s_own_is_run_only_where_it_is_trusted(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path / "modules"  # where transformers copies such code to
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
+    monkeypatch.setattr("sys.path", [str(modules), *sys.path])
+    auto_map = {
+        "AutoConfig": "configuration_strange.StrangeConfig",
+        "AutoModelForCausalLM": "modeling_strange.StrangeForCausalLM",
+    }
+    strange = changed_copy(llama, tmp_path / "strange_model", "config.json", model_type="strange", auto_map=auto_map)
+    (strange / "configuration_strange.py").write_text(CONFIG_CODE)
+    (strange / "modeling_strange.py").write_text(MODEL_CODE)
+    with pytest.raises(ModelNotSupported, match="--trust-remote-code"):
+        load_model(strange, ModelConfig(model=str(strange)), CPU, torch.float32)
+    known = changed_copy(llama, tmp_path / "known_model", "config.json", auto_map=auto_map)
+    for name in ("configuration_strange.py", "modeling_strange.py"):
+        (known / name).symlink_to(strange / name)
+    assert load_model(known, ModelConfig(model=str(known)), CPU, torch.float32).architecture == "LlamaForCausalLM"
+    assert not list(tmp_path.rglob("ran"))
+    for load_format in ("auto", "dummy"):
+        config = ModelConfig(model=str(strange), trust_remote_code=True, load_format=load_format)
+        loaded = load_model(strange, config, CPU, torch.float32)
+        assert loaded.architecture == "StrangeForCausalLM" and len(loaded.layers) == 3
+    assert list(tmp_path.rglob("ran"))
+    (strange / "modeling_strange.py").write_text("1 / 0")
+    with pytest.raises(ModelLoadError, match="ZeroDivisionError"):
+        load_model(strange, config, CPU, torch.float32)
+
+
+def pickled_copy(llama: Path, folder: Path, name: str = "pytorch_model.bin") -> Path:
+    from safetensors.torch import load_file
+
+    changed_copy(llama, folder, "config.json")
+    (folder / "model.safetensors").unlink()
+    torch.save(load_file(llama / "model.safetensors"), folder / name)
+    return folder
+
+
+def test_pickled_weights_are_read_only_where_they_are_allowed(llama: Path, tmp_path: Path) -> None:
+    folder = pickled_copy(llama, tmp_path / "pickled")
+    refused, allowed = ModelConfig(model=str(folder)), ModelConfig(model=str(folder), allow_pickled_weights=True)
+    with pytest.raises(ModelLoadError, match=r"only pickles such as pytorch_model\.bin.*--allow-pickled-weights"):
+        resolve_model(refused, silent)
+    with pytest.raises(ModelLoadError):  # nor behind resolve_model's back
+        load_model(folder, refused, CPU, torch.float32)
+    assert resolve_model(allowed, silent) == folder
+    loaded = load_model(folder, allowed, CPU, torch.float32).model.state_dict()
+    expected = load_model(llama, ModelConfig(model=str(llama)), CPU, torch.float32).model.state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "model.pt", "weights.bin"])
+def test_pickles_of_other_names(llama: Path, tmp_path: Path, name: str) -> None:
+    folder = pickled_copy(llama, tmp_path / "pickled", name)
+    (folder / "training_args.bin").touch()
+    with pytest.raises(ModelLoadError, match=f"such as {re.escape(name)}"):
+        resolve_model(ModelConfig(model=str(folder)), silent)
+    with pytest.raises(ModelLoadError, match=r"transformers reads pytorch_model\*\.bin"):
+        resolve_model(ModelConfig(model=str(folder), allow_pickled_weights=True), silent)
+    (folder / name).unlink()
+    with pytest.raises(ModelLoadError, match=r"no \*\.safetensors weights: convert"):
+        resolve_model(ModelConfig(model=str(folder)), silent)
+
+
+def test_a_pickle_that_is_a_program_is_not_run_even_where_pickles_are_allowed(llama: Path, tmp_path: Path) -> None:
+    class Program:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    folder = pickled_copy(llama, tmp_path / "pickled")
+    torch.save({"model.embed_tokens.weight": Program()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelLoadError):
+        load_model(folder, ModelConfig(model=str(folder), allow_pickled_weights=True), CPU, torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_safetensors_are_read_where_there_are_both(llama: Path, tmp_path: Path) -> None:
+    folder = changed_copy(llama, tmp_path / "both", "config.json")
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    config = ModelConfig(model=str(folder), allow_pickled_weights=True)
+    assert resolve_model(config, silent) == folder
+    assert load_model(folder, config, CPU, torch.float32).architecture == "LlamaForCausalLM"
+
+
 def test_unknown_model_types_and_code_of_their_own(llama: Path, tmp_path: Path) -> None:
     strange = changed_copy(llama, tmp_path / "strange", "config.json", model_type="strange")
     with pytest.raises(ModelNotSupported, match="knows no model type 'strange'"):
         read_config(strange)
     remote = changed_copy(strange, tmp_path / "remote", "config.json", auto_map={"AutoConfig": "code.Config"})
-    with pytest.raises(ModelNotSupported, match="trust_remote_code"):
+    with pytest.raises(ModelNotSupported, match="--trust-remote-code"):
         read_config(remote)
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(ModelLoadError, match="cannot be read"):
