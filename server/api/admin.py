@@ -48,10 +48,7 @@ def router(state: ServerState, on_drain: Callable[[], None] | None) -> APIRouter
         """Forget what the KV pages hold: prompts that come from now on are computed anew. Open requests go on."""
         key = _check(request)
         state.require_ready()
-        reset: Callable[[], None] | None = getattr(state.client, "reset_prefix_cache", None)
-        if reset is None:
-            raise EngineUnavailable("This engine cannot forget its prefix cache while it runs.")
-        reset()
+        state.client.reset_prefix_cache()
         logger.info("prefix cache reset, asked for by key %s", key.id)
         return _done("reset")
 
