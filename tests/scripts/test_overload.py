@@ -1,0 +1,31 @@
+"""The overload at its smallest, on an engine without a model: how requests end and what is left, not how long it takes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import overload
+import pytest
+
+from tests.crashes import make_model
+
+SLOTS = 16  # of the fake engine
+
+
+@pytest.mark.timeout(300)
+def test_every_request_ends_well_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model", step_s=0.02)
+    command = [sys.executable, "-m", "tests.serve_fake_engine", str(folder), "--served-model-name", "fake", "--device", "cpu"]
+    flags = f"--seconds 6 --slots {SLOTS} --input-len 20 --output-len 10 --first-token-timeout-s 0.3 --timed-share 0.3"
+    code = overload.main([*flags.split(), "--no-timing"], command)
+    told = capsys.readouterr()
+    assert code == 0, told
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.out.splitlines() if line.startswith("|")]
+    table = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+    assert list(table) == ["closed", "capacity", "4 times"]
+    assert int(table["4 times"]["200"]) > 0 and int(table["4 times"]["429"]) > 0
+    assert float(table["4 times"]["requests/s"]) == pytest.approx(4 * float(table["closed"]["requests/s"]), rel=0.01)
+    assert float(table["4 times"]["most waiting"]) <= 2 * SLOTS
+    assert re.search(r"TTFT p99 of those let in: [\d.]+ times", told.out)
