@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from engine.errors import OutOfDeviceMemory
 from engine.messages import TokenLogprobs
-from engine.step import SCRATCH_BLOCK_ID, HostMasks, KVGroupSpec, ModelRunnerOutput, NewRow, SchedulerOutput
+from engine.step import BAD_TOKEN, SCRATCH_BLOCK_ID, HostMasks, KVGroupSpec, ModelRunnerOutput, NewRow, SchedulerOutput
 
 VOCAB_SIZE = 97
 
@@ -59,7 +59,8 @@ class FakeRunner:
     The embedding of a chunk is the sum (or the last) of its token ids, and the number of tokens in it.
 
     out_of_memory: says of a step whether it does not fit, which `sample` tells instead of `launch` with fails_late.
-    idle_work: pieces of it that are left.
+    idle_work: pieces of it that are left. bad_token: whatever follows it in a request is bad numbers, and so are the pages it
+    is in and those after it.
     """
 
     groups: Sequence[KVGroupSpec]
@@ -69,8 +70,10 @@ class FakeRunner:
     out_of_memory: Callable[[SchedulerOutput], bool] = lambda step: False
     fails_late: bool = False
     idle_work: int = 0
+    bad_token: int | None = None
 
     def __post_init__(self) -> None:
+        self._bad_pages: set[tuple[int, int]] = set()
         self._pages: list[dict[tuple[int, int], int]] = [{} for _ in self.groups]
         self._slots: dict[int, _Slot] = {}
         self._launched: deque[SchedulerOutput] = deque()
@@ -95,15 +98,20 @@ class FakeRunner:
             tokens.append(self._next(slot, len(slot.tokens), _allowed(masks, fork.parent_row)))
         slots = [step.slots[row] for row in step.sampled_rows] + [fork.row.slot for fork in step.forks]
         for slot_id, token in zip(slots, tokens, strict=True):
-            self._slots[slot_id].tokens.append(token)
+            self._slots[slot_id].tokens.append(max(token, 0))
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        return _Pending(ModelRunnerOutput(step.step_id, tokens, logprobs, self._prompt_logprobs(step), self._pooled(step)))
+        pooled = self._pooled(step)
+        bad_rows = [
+            row for row in step.pooled_rows + step.prompt_logprobs_rows if self.bad_token in self._slots[step.slots[row]].tokens
+        ]
+        return _Pending(ModelRunnerOutput(step.step_id, tokens, logprobs, self._prompt_logprobs(step), pooled, bad_rows))
 
     def idle(self) -> bool:
         self.idle_work = max(0, self.idle_work - 1)
         return self.idle_work > 0
 
     def _apply(self, step: SchedulerOutput) -> None:
+        self._bad_pages.difference_update(step.zeroed_blocks)
         for slot in step.freed_slots:
             del self._slots[slot]
         for row in [*step.new_rows, *(fork.row for fork in step.forks)]:
@@ -130,9 +138,13 @@ class FakeRunner:
     def _write(self, slot: _Slot, start: int, count: int) -> None:
         for position in range(start, start + count):
             block, offset = divmod(position, self.block_size)
-            for pages, table in zip(self._pages, slot.tables, strict=True):
+            for g, (pages, table) in enumerate(zip(self._pages, slot.tables, strict=True)):
                 assert table[block] != SCRATCH_BLOCK_ID, "a token of a request was written to the scratch page"
                 pages[table[block], offset] = slot.tokens[position]
+                page = g, table[block]
+                if self.bad_token in slot.tokens[: position + 1]:
+                    self._bad_pages.add(page)
+                assert self.bad_token in slot.tokens or page not in self._bad_pages, "a page was not zeroed before reuse"
 
     def _sample(self, slot: _Slot, step: SchedulerOutput, row: int, masks: HostMasks) -> int:
         return self._next(slot, step.start_positions[row] + step.num_tokens[row], _allowed(masks, row))
@@ -142,6 +154,8 @@ class FakeRunner:
             first = 0 if spec.window is None else max(0, length - spec.window)
             read = [pages.get((table[p // self.block_size], p % self.block_size)) for p in range(first, length)]
             assert read == slot.tokens[first:length], "the pages do not hold what this request computed"
+        if self.bad_token in slot.tokens[:length]:
+            return BAD_TOKEN
         return next_token(slot.tokens[:length], slot.row.seed, allowed)
 
     def _prompt_logprobs(self, step: SchedulerOutput) -> dict[int, list[TokenLogprobs]]:
