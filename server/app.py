@@ -26,6 +26,8 @@ from server.admission import Admission
 from server.api import admin, chat, completions, embeddings, health, models, responses, tokenize
 from server.api.body import IGNORED_FIELDS_HEADER, BodyLimits
 from server.config import ServerConfig
+from server.drain import Drain
+from server.drain_gate import DrainGate
 from server.keys import KeyRing
 from server.limits import limited_protocol
 from server.metrics import Metrics
@@ -36,18 +38,25 @@ from server.tls import tls_context
 
 logger = logging.getLogger("octavo.server")
 
-Drain = Callable[[], None]
+OnDrain = Callable[[], None]
 
 
 def create_app(
-    client: EngineClient, config: ServerConfig, *, keys: KeyRing | None = None, on_drain: Drain | None = None
+    client: EngineClient,
+    config: ServerConfig,
+    *,
+    keys: KeyRing | None = None,
+    drain: Drain | None = None,
+    on_drain: OnDrain | None = None,
 ) -> FastAPI:
     """The application. It may be served before the engine is ready: requests get a 503 that says how far it is.
 
-    keys: those of the configuration, read; None reads them. on_drain: what /admin/drain does. Raises ConfigError.
+    keys: those of the configuration, read; None reads them. drain: how far its end has come. on_drain: what /admin/drain does.
+    Raises ConfigError.
     """
     keys = config.read_keys() if keys is None else keys
-    state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats))
+    drain = drain or Drain()
+    state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats), drain)
     app = FastAPI(title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     for module in (
         completions,
@@ -63,6 +72,7 @@ def create_app(
     app.state.body_limits = BodyLimits(config.max_body_bytes, config.max_json_depth)
     app.state.metrics = state.metrics
     app.add_middleware(Admission, limit=config.max_open_requests, backlog=state.backlog)
+    app.add_middleware(DrainGate, drain=drain)
     _guard(app, config, keys, state.metrics)
     app.add_exception_handler(OctavoError, errors.on_octavo_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
@@ -130,15 +140,18 @@ class _ServerWithMetrics(_Server):
             await serving
 
 
-def create_server(client: EngineClient, config: ServerConfig, *, on_drain: Drain | None = None) -> uvicorn.Server:
+def create_server(
+    client: EngineClient, config: ServerConfig, *, drain: Drain | None = None, on_drain: OnDrain | None = None
+) -> uvicorn.Server:
     """The application behind uvicorn: `serve` with a listening socket, and set `should_exit` for an orderly end.
 
-    on_drain: called for /admin/drain, any number of times. Raises ConfigError where keys, TLS or --metrics-port are no good.
+    drain: see create_app. on_drain: called for /admin/drain, any number of times. Raises ConfigError where keys, TLS or
+    --metrics-port are no good.
     """
     keys = config.read_keys()
     for note in (*keys.notes, *_exposure(config, keys)):
         logger.warning("%s", note)
-    app = create_app(client, config, keys=keys, on_drain=on_drain)
+    app = create_app(client, config, keys=keys, drain=drain, on_drain=on_drain)
     if config.metrics_port is None:
         return _Server(_uvicorn_config(app, config))
     sock = listen_for_metrics(config.host, config.metrics_port)
@@ -151,7 +164,11 @@ def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
     cert, key = config.tls_cert, config.tls_key
     return uvicorn.Config(
         app,
-        http=limited_protocol(read_timeout_s=config.read_timeout_s, max_body_bytes=config.max_body_bytes),
+        http=limited_protocol(
+            read_timeout_s=config.read_timeout_s,
+            write_timeout_s=config.write_timeout_s,
+            max_body_bytes=config.max_body_bytes,
+        ),
         ssl_context_factory=None if cert is None else lambda *_: tls_context(cert, key),
         ws="none",
         lifespan="off",

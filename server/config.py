@@ -135,7 +135,15 @@ class ServerConfig(BaseModel):
     )
     response_store_size: Count = _setting(1024, "server", "answers of /v1/responses kept to go on from", ge=0, le=2**31 - 1)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "server", ", ".join(LOG_LEVELS))
-    shutdown_timeout_s: Number = _setting(30.0, "server", "seconds that open streams may go on after SIGTERM", ge=0, le=86400)
+    write_timeout_s: Number = _setting(
+        30.0, "server", "seconds a client may take in nothing of its answer before the request is ended", gt=0, le=86400
+    )
+    drain_delay_s: Number = _setting(
+        0.0, "server", "seconds after SIGTERM in which new requests are still taken, while /health/ready is 503", ge=0, le=86400
+    )
+    shutdown_timeout_s: Number = _setting(
+        30.0, "server", "seconds that open requests may go on after that; what is left then ends with an error", ge=0, le=86400
+    )
 
     api_key: Names = _setting(
         [], "security", "key(s) of which every request but /health must bring one; 'KEY ID SCOPE': api, metrics, admin"

@@ -1,7 +1,8 @@
 """uvicorn's HTTP protocol with bounds: on what a request may bring before anybody looks at it, and on how long that may take.
 
 The parser collects a header, a trailer or a chunk's extension until it is whole, and waits for the rest of a message forever;
-here neither goes on without end. What is refused below the application is told in OpenAI's shape too, and ends the connection.
+here neither goes on without end, nor does waiting for a client that takes in nothing of its answer. What is refused below the
+application is told in OpenAI's shape too, and ends the connection.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.errors import error_body
+from server.stall_watch import StallWatch
 
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 64 * 1024
@@ -42,11 +44,14 @@ class _Refused(Exception):
 class LimitedProtocol(HttpToolsProtocol):
     """read_timeout_s: from a message's first byte (or the connection's begin) to its last header, and then, with a second more
     for every MIN_BODY_BYTES_PER_S of its body, to its end. Time in which the server itself does not read is not counted.
+    write_timeout_s: for which a client may take in nothing of an answer.
     """
 
-    def __init__(self, *args: Any, read_timeout_s: float, max_body_bytes: int, **options: Any) -> None:
+    def __init__(self, *args: Any, read_timeout_s: float, write_timeout_s: float, max_body_bytes: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self._read_timeout_s = read_timeout_s
+        self._write_timeout_s = write_timeout_s
+        self._stall_watch: StallWatch | None = None
         self._max_discarded_bytes = DISCARDED_BODIES * max_body_bytes
         self._timer: asyncio.TimerHandle | None = None
         self._waiting_since = 0.0
@@ -64,7 +69,22 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        if self._stall_watch is not None:
+            self._stall_watch.stop()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_for_stall()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self._watch_for_stall()
+
+    def _watch_for_stall(self) -> None:
+        self._stall_watch = self._stall_watch or StallWatch(self.transport, self._write_timeout_s)
+        self._stall_watch.start()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -179,6 +199,8 @@ def _refusal(status: int, body: bytes) -> bytes:
     return head.encode() + b"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n" + body
 
 
-def limited_protocol(*, read_timeout_s: float, max_body_bytes: int) -> Any:
+def limited_protocol(*, read_timeout_s: float, write_timeout_s: float, max_body_bytes: int) -> Any:
     """LimitedProtocol for uvicorn, which makes one for every connection."""
-    return functools.partial(LimitedProtocol, read_timeout_s=read_timeout_s, max_body_bytes=max_body_bytes)
+    return functools.partial(
+        LimitedProtocol, read_timeout_s=read_timeout_s, write_timeout_s=write_timeout_s, max_body_bytes=max_body_bytes
+    )

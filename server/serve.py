@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import setproctitle
@@ -23,7 +24,11 @@ from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.messages import EngineReady, LoadProgress
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
+from server.drain import Drain
 from server.logs import set_up_logging
+
+if TYPE_CHECKING:
+    import uvicorn
 
 logger = logging.getLogger("octavo.server")
 
@@ -73,8 +78,10 @@ class _Service:
         self._client = EngineClient(supervisor, chat_template=chat_template)
         self._client.on_progress = _print_progress
         self._base_url = _base_url(sock, "https" if config.tls_cert else "http")
+        self._drain = Drain()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._deadline_s = 0.0  # of time.monotonic(), for open work in an orderly end
 
     async def run(self) -> int:
         """Serves until a signal or the engine's end. Raises what kept the engine from starting, or ended it."""
@@ -88,7 +95,7 @@ class _Service:
             # The engine is seconds from ready, so it goes first: what HTTP needs is imported beside its own imports.
             from server.app import create_server
 
-            server = create_server(self._client, self._config, on_drain=self._begin_drain)
+            server = create_server(self._client, self._config, drain=self._drain, on_drain=self._begin_drain)
         except BaseException:
             await self._client.stop()
             raise
@@ -99,22 +106,42 @@ class _Service:
             await asyncio.wait({serving, engine, stop}, return_when=asyncio.FIRST_COMPLETED)
             if engine.done():
                 engine.result()
+            await self._finish_open_work(engine)
+            if engine.done():
+                engine.result()
         finally:
-            server.should_exit = True
             engine.cancel()
-            await self._drain(serving)
+            await self._end(server, serving)
             stop.cancel()
             await asyncio.gather(serving, engine, stop, return_exceptions=True)
         return 0
 
-    async def _drain(self, serving: asyncio.Task[None]) -> None:
-        """Lets open streams finish; those that have not in time are ended with an error event, so that their clients know."""
+    async def _finish_open_work(self, engine: asyncio.Task[None]) -> None:
+        """Takes new work for a while yet, then none, and waits for what is open; not for ever, and not with a second signal."""
         hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({hurry, engine}, timeout=self._config.drain_delay_s, return_when=asyncio.FIRST_COMPLETED)
+        self._drain.close()
+        self._deadline_s = time.monotonic() + self._config.shutdown_timeout_s
+        idle = asyncio.create_task(self._drain.wait_until_idle())
         timeout_s = self._config.shutdown_timeout_s
-        await asyncio.wait({serving, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({idle, hurry, engine}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         hurry.cancel()
+        idle.cancel()
+
+    async def _end(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+        """Ends what is still open with an error (in a stream an event), so that its client knows; then engine and server."""
+        self._drain.close()
         await self._client.stop()
+        idle = asyncio.create_task(self._drain.wait_until_idle())
+        await asyncio.wait({idle}, timeout=CLOSE_TIMEOUT_S)
+        idle.cancel()
+        server.should_exit = True
+        # What is left is to be read by clients: that of a slow one goes on for as long as its answer might have.
+        hurry = asyncio.create_task(self._hurry.wait())
+        left_s = self._deadline_s - time.monotonic()
+        await asyncio.wait({serving, hurry}, timeout=max(CLOSE_TIMEOUT_S, left_s), return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait({serving}, timeout=CLOSE_TIMEOUT_S)
+        hurry.cancel()
         serving.cancel()
 
     def _on_signal(self) -> None:
@@ -127,6 +154,7 @@ class _Service:
         """Let open streams finish and end. May be called again."""
         if self._stop.is_set():
             return
+        self._drain.begin()
         num_open = self._client.num_open_streams
         logger.info("Stopping%s.", f" when {num_open} open requests are done (again: at once)" if num_open else "")
         self._stop.set()

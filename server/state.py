@@ -10,6 +10,7 @@ from engine.errors import EngineUnavailable, ModelNotFound
 from engine.messages import EngineReady
 from server.backlog import Backlog
 from server.config import ServerConfig
+from server.drain import Drain
 from server.metrics import Metrics
 
 
@@ -20,6 +21,7 @@ class ServerState:
     client: EngineClient
     config: ServerConfig
     metrics: Metrics
+    drain: Drain
     created: int = field(default_factory=lambda: int(time.time()))
     backlog: Backlog = field(init=False)
 
@@ -46,6 +48,8 @@ class ServerState:
     def describe(self) -> str:
         """The engine's state in a sentence."""
         client = self.client
+        if self.drain.has_begun and client.state != "failed":
+            return "The server is shutting down."
         if client.state == "starting":
             progress = client.progress
             if progress is None:

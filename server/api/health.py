@@ -50,11 +50,12 @@ def router(state: ServerState) -> APIRouter:
 
     def answer(is_well: bool) -> Response:
         client = state.client
+        is_draining = state.drain.has_begun and client.state != "failed"
         progress = client.progress if client.state in ("starting", "recovering") else None
         detail = state.describe()
-        if client.state == "ready" and not is_well:
+        if client.state == "ready" and not is_well and not is_draining:
             detail = "The engine completes no step at the moment."
-        health = Health(client.state, detail, progress)
+        health = Health("stopping" if is_draining else client.state, detail, progress)
         return Response(msgspec.json.encode(health), 200 if is_well else 503, media_type="application/json")
 
     @routes.head("/health", include_in_schema=False)
@@ -63,7 +64,7 @@ def router(state: ServerState) -> APIRouter:
     @routes.get("/health/ready")
     async def get_health() -> Response:
         """200 when the engine completes steps (a small one is tried where none has lately), 503 with the reason when not."""
-        return answer(await state.client.can_step())
+        return answer(not state.drain.has_begun and await state.client.can_step())
 
     @routes.head("/health/live", include_in_schema=False)
     @routes.get("/health/live")
