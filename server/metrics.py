@@ -57,6 +57,19 @@ class _EngineCollector(Collector):
             yield counter
 
 
+class _ReadCounter(Collector):
+    """A counter that somebody else keeps, read when somebody scrapes."""
+
+    def __init__(self, name: str, text: str, model_name: str, read: Callable[[], float], registry: CollectorRegistry) -> None:
+        self._name, self._text, self._model_name, self._read = name, text, model_name, read
+        registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=["model_name"])
+        family.add_metric([self._model_name], self._read())
+        yield family
+
+
 class _Histogram(Collector):
     """A histogram cheap enough for every token: a search and two additions, where the library's own walks through the buckets
     and takes two locks. Observed and scraped on one thread, the event loop's.
@@ -128,6 +141,10 @@ class Metrics:
         """A gauge that is read when somebody scrapes."""
         gauge = Gauge(f"octavo_{name}", text, ["model_name"], registry=self._registry)
         gauge.labels(self._model_name).set_function(read)
+
+    def add_counter(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """A counter that is kept elsewhere."""
+        _ReadCounter(f"octavo_{name}", text, self._model_name, read, self._registry)
 
     def observe_first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

@@ -289,3 +289,14 @@ async def _leave(client: FakeEngineClient, http: httpx.AsyncClient, path: str, b
     await asyncio.wait({gone})
     client.accepting.set()
     await asyncio.sleep(0)
+
+
+def test_restarts_of_the_engine_are_counted() -> None:
+    async def run() -> None:
+        client = FakeEngineClient()
+        async with client.http() as http:
+            assert metric((await http.get("/metrics")).text, "octavo_engine_restarts_total") == 0
+            client.num_restarts = 2
+            assert metric((await http.get("/metrics")).text, "octavo_engine_restarts_total") == 2
+
+    asyncio.run(run())
