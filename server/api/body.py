@@ -13,7 +13,7 @@ from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from engine.errors import InvalidRequest
-from server.api.json_depth import is_deeper_than
+from server.api.json_depth import structure_fault
 from server.config import nearest
 from server.errors import BodyTooLarge
 
@@ -77,8 +77,8 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     """The body as an object, without the fields that are null: null means not given. Raises InvalidRequest, BodyTooLarge."""
     limits: BodyLimits = request.app.state.body_limits
     content = await _read_body(request, limits.max_bytes)
-    if is_deeper_than(content, limits.max_depth):
-        raise InvalidRequest(f"The body nests arrays and objects more than {limits.max_depth} deep.", code="invalid_json")
+    if fault := structure_fault(content, limits.max_depth):
+        raise InvalidRequest(f"The body {fault}.", code="invalid_json")
     try:
         data = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -94,7 +94,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     """Reads nothing of a body that is announced as too large, and else stops where the limit is passed. Raises BodyTooLarge."""
     too_large = BodyTooLarge(f"The body is more than {max_bytes:,} bytes.")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:  # isdecimal: int() takes signs and underscores too
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:  # isdecimal: int() takes signs and underscores too
         raise too_large
     content = bytearray()
     async for chunk in request.stream():

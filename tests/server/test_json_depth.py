@@ -8,12 +8,19 @@ from typing import Any
 
 import pytest
 
-from server.api.json_depth import is_deeper_than
+from server.api import json_depth
+from server.api.json_depth import structure_fault
 from server.config import ServerConfig
 from tests.server.conftest import Api
 from tests.server.test_bad_input import error_of
 
 STRINGS = ["", "a", "[", "]]", '"', "\\", '\\"', "\\\\", '{"', "\n", "é[", "[" * 300, '\\\\"[', "}" * 5]
+
+
+def is_deeper_than(content: bytes, limit: int) -> bool:
+    fault = structure_fault(content, limit)
+    assert fault is None or f"{limit} deep" in fault
+    return fault is not None
 
 
 def depth(value: Any) -> int:
@@ -33,8 +40,10 @@ def draw_value(draw: random.Random, levels: int) -> Any:
     return draw.choice([*STRINGS, 1, None, True])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_values(seed: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 2**20])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_values(seed: int, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_depth, "CHUNK_BYTES", chunk_bytes)
     draw = random.Random(seed)
     for _ in range(50):
         value = draw_value(draw, draw.randrange(9))
@@ -48,9 +57,19 @@ def test_what_is_never_closed_is_deep_too(content: bytes) -> None:
     assert is_deeper_than(content, 128)
 
 
-@pytest.mark.parametrize("content", [b"[]" * 1000, b"]" * 1000 + b"[", b'"' + b"[" * 1000, b'"\\"' + b"[" * 1000 + b'"', b""])
+@pytest.mark.parametrize(
+    "content", [b"[]" * 1000, b"]" * 1000 + b"[" * 200, b'"' + b"[" * 1000, b'"\\"' + b"[" * 1000 + b'"', b""]
+)
 def test_what_is_wide_or_text_is_not(content: bytes) -> None:
     assert not is_deeper_than(content, 128)
+
+
+def test_any_number_of_arrays_is_too_many(api: Api) -> None:
+    api.config = ServerConfig(model="tiny")
+    content = b'{"prompt": "a", "x": [' + b"[]," * 1_000_000 + b"[]]}"
+    assert "arrays and objects" in error_of(api.request("POST", "/v1/completions", content=content), 400)["message"]
+    text = json.dumps({"prompt": "[]" * 600_000, "max_tokens": 1}).encode()  # in a text they are no arrays
+    assert error_of(api.request("POST", "/v1/completions", content=text), 400)["code"] == "context_length_exceeded"
 
 
 def nested(levels: int, opening: str = "[", closing: str = "]") -> bytes:
