@@ -67,19 +67,28 @@ class ServerWatch:
         )
 
     def wait_at_rest(self, limit_s: float) -> Vitals:
-        """The first vitals in which everything has ended, or those after limit_s. Raises like `vitals`."""
+        """The first vitals of a ready server in which everything has ended, or those after limit_s. Raises like `vitals`."""
         deadline = time.monotonic() + limit_s
-        while not (vitals := self.vitals()).at_rest() and time.monotonic() < deadline:
+        while not (self.is_ready() and self.vitals().at_rest()) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        return vitals
+        return self.vitals()
 
-    def _read_metrics(self) -> dict[str, float]:
+    def is_ready(self) -> bool:
+        """Whether the engine completes steps. Raises like `vitals`."""
+        return self.get("/health/ready")[0] == 200
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body. Raises like `vitals`."""
         connection = http.client.HTTPConnection(self._host_and_port, timeout=30)
         try:
-            connection.request("GET", "/metrics")
-            text = connection.getresponse().read().decode()
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
         finally:
             connection.close()
+
+    def _read_metrics(self) -> dict[str, float]:
+        text = self.get("/metrics")[1]
         sums: dict[str, float] = defaultdict(float)
         for name, value in re.findall(r"^octavo_(\w+)(?:\{.*\})? (\S+)$", text, re.MULTILINE):
             sums[name] += float(value)

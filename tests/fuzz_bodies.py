@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -167,8 +168,9 @@ class BodyMaker:
     def _mutated_example(self, path: str) -> Any:
         """An example of the document, changed in a few places."""
         rng = self._rng
-        body = json.loads(json.dumps(rng.choice(ENDPOINTS[path][1])))
+        body = rng.choice(ENDPOINTS[path][1])
         for _ in range(rng.choice((1, 1, 2, 4))):
+            body = json.loads(json.dumps(body))  # a copy in which nothing is there twice
             places = list(_places(body))
             if not places:
                 break
@@ -178,7 +180,7 @@ class BodyMaker:
                 del holder[key]
             elif change == 1:
                 other_holder, other_key = rng.choice(places)
-                holder[key] = json.loads(json.dumps(other_holder[other_key]))
+                holder[key] = copy.deepcopy(other_holder[other_key])
             elif change == 2:
                 holder[key] = [holder[key]] * rng.choice((1, 2, 50))
             elif change == 3 and isinstance(holder, dict):

@@ -102,7 +102,10 @@ def test_no_request_harms_the_server(server: Server, tmp_path: Path, run_all: bo
     statuses, problems = statuses + more, problems + more_problems
     log = (tmp_path / "log").read_text()
     assert not problems, f"{len(problems)} of {num_shots}: " + "\n".join(problems[:20])
-    assert "Traceback" not in log, log[log.index("Traceback") - 300 :][:3000]
+    bug = re.search(r'Traceback|Exception in|^.{0,40} File "', log, re.MULTILINE)
+    assert bug is None, log[bug.start() :][:5000]
+    metrics = watch.get("/metrics")[1]  # which has those whose clients had gone, too
+    assert not re.search(r'^octavo_http_responses_total\{.*status="5(?!04).*', metrics, re.MULTILINE), metrics
     assert statuses[200] > num_shots / 10 and statuses[400] > num_shots / 5, statuses
     check_unharmed(warm, watch.wait_at_rest(REST_LIMIT_S))
     os.kill(server.process.pid, signal.SIGTERM)
