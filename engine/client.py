@@ -288,7 +288,8 @@ class EngineClient:
     def _take(self, message: StepOutputs) -> None:
         if message.stats is not None:
             self.stats = message.stats.after(self._earlier_stats) if self.num_restarts else message.stats
-        streams, suspects = self._open.streams, self._open.suspects
+        streams = self._open.streams
+        suspects = self._open.suspects or None  # asked once, not for every output
         if message.outputs:
             self._probe.step_completed()
         for output in message.outputs:
@@ -302,7 +303,7 @@ class EngineClient:
                 self._send(Abort(output.request_id, stopped_choice))
             if stream.finished:
                 del streams[output.request_id]
-            if suspects and output.token_ids:
+            if suspects is not None and output.token_ids:
                 suspects.clear(output.request_id)
 
     def _refuse(self, request_id: str, error: OctavoError) -> None:

@@ -177,9 +177,10 @@ class RecoveryConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_failed_starts: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("step_timeout_s", "restart_wait_s"):
+        # An engine without work gives a sign every second.
+        for name, least in (("step_timeout_s", 2.0), ("restart_wait_s", 0.0)):
             value = getattr(self, name)
-            _require(0 < value <= 86400, name, f"{name} must be above 0 and at most 86400 seconds, got {value}")
+            _require(least <= value <= 86400, name, f"{name} must be between {least:g} and 86400 seconds, got {value}")
         _require(
             self.max_failed_starts >= 1,
             "max_failed_starts",

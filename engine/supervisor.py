@@ -18,7 +18,7 @@ import msgspec
 import psutil
 
 from engine.config import EarlierLife, EngineConfig, RecoveryConfig
-from engine.flight_recorder import Flight, FlightReader
+from engine.flight_recorder import BEAT_INTERVAL_S, Flight, FlightReader
 from engine.messages import CrashPoint, Launch
 from engine.watchdog import LOOK_INTERVAL_S, Watchdog
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
 STOP_TIMEOUT_S = 5.0
 STACK_TIMEOUT_S = 1.0
+READY_BEAT_S = 4.0  # silence after which an engine does not count as ready; it is killed a little later
+READY_TURN_S = 2.0  # one without work makes a turn a second
 KILL_TIMEOUT_S = 30.0  # a process in the middle of a driver's call ends when that does
 # OpenMP reads this once, when torch loads. By default its threads spin for milliseconds at every barrier, which takes the cores
 # from the frontend and, on a machine that does anything else, from each other: a decode step of 8 sequences then took 150 to
@@ -131,8 +133,9 @@ class Supervisor:
         flight = self.flight()
         if flight is None or self.pid is None:
             return False
-        silence_s = time.monotonic() - flight.beat_s
-        return silence_s < READY_BEAT_S and time.monotonic() - flight.turn_s < self._watchdog.step_limit_s(flight) / 2
+        now = time.monotonic()
+        turn_limit_s = max(READY_TURN_S, self._watchdog.step_limit_s(flight) / 2)
+        return now - flight.beat_s < READY_BEAT_S and now - flight.turn_s < turn_limit_s
 
     async def _watch_over(
         self, process: asyncio.subprocess.Process, on_stuck: Callable[[], None], on_death: Callable[[Death], None]
@@ -145,7 +148,8 @@ class Supervisor:
             await asyncio.wait({ended}, timeout=LOOK_INTERVAL_S)
             if ended.done() or self._stopping:
                 continue
-            stuck = self._watchdog.look(flight.read(), time.monotonic(), is_stopped=_is_stopped(process.pid))
+            is_stopped = self._watchdog.beat_age_s > 2 * BEAT_INTERVAL_S and _is_stopped(process.pid)
+            stuck = self._watchdog.look(flight.read(), time.monotonic(), is_stopped=is_stopped)
             if stuck is not None:
                 logger.error("%s; it is killed", stuck)
                 on_stuck()
@@ -216,9 +220,6 @@ class Supervisor:
     def _remove_files(self, epoch: int) -> None:
         for path in self._folder.glob(f"*-{epoch}"):
             path.unlink(missing_ok=True)
-
-
-READY_BEAT_S = 4.0
 
 
 def _is_stopped(pid: int) -> bool:

@@ -7,11 +7,12 @@ import itertools
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from engine.errors import EngineUnavailable, RequestFailed
+from engine.errors import DeadlineExceeded, EngineUnavailable, RequestFailed
 from engine.messages import CrashKind, CrashPlace, CrashPoint
 from engine.sampling_params import SamplingParams, choice_seed
 from tests.crashes import Crowd, Reader, kill, make_model, pid_of, running, text_of, until
@@ -167,6 +168,26 @@ def test_new_requests_wait_only_so_long(tmp_path: Path) -> None:
             with pytest.raises(EngineUnavailable, match="being started again"):
                 await client.generate([7], SamplingParams(max_tokens=4))
             assert client.state == "recovering" and client.num_open_streams == 0
+
+    asyncio.run(scenario())
+
+
+def test_time_limits_hold_while_there_is_no_engine(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", load_s=4.0, step_s=0.02)
+
+    async def scenario() -> None:
+        async with running(model) as client:
+            reader, now_s = Reader(), time.monotonic()
+            limits = {"first_token_deadline_s": now_s + 1.5, "deadline_s": now_s + 2.0}
+            started = await client.generate([5], SamplingParams(max_tokens=300), **limits)
+            work = asyncio.create_task(reader.read(started))
+            await until(lambda: reader.num_tokens > 2)
+            await kill(client)
+            with pytest.raises(DeadlineExceeded, match="being started again"):
+                await client.generate([6], SamplingParams(max_tokens=3), **limits)
+            with pytest.raises(DeadlineExceeded) as failure:
+                await work
+            assert failure.value.param == "timeout" and client.state == "recovering"
 
     asyncio.run(scenario())
 
