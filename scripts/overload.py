@@ -4,10 +4,10 @@
     scripts/overload.py                                   # the demo model, a minute each
     scripts/overload.py --model M --seconds 20 -- --max-waiting-requests 64     # flags of `octavo serve` after --
 
-Its capacity is what it completes a second while as many clients as it runs at once each ask again as soon as they are answered.
-Then requests arrive at random (Poisson) at that rate, and at --times it, whether earlier ones have been answered or not: nobody
-slows down for a server that is slow. All stream; a share of them gives a time limit for the first token. Checked, and told by
-the exit code:
+Its capacity is what it completes a second while half as many clients again as it runs at once each ask anew as soon as they are
+answered, so that no slot is ever empty. Then requests arrive at random (Poisson) at that rate, and at --times it, whether
+earlier ones have been answered or not: nobody slows down for a server that is slow. All stream; a share of them gives a time
+limit for the first token. Checked, and told by the exit code:
 
 - every request ends in 200, 429 with a Retry-After, or 504, and no stream that has begun is cut without a word;
 - the memory of both processes is as large at the end of the overload as in its middle;
@@ -123,7 +123,7 @@ class Driver:
         self._draw = random.Random(load.seed)
 
     async def closed(self, seconds: float) -> Phase:
-        """As many clients as there are slots, each with one request after the other. Its rate is what was completed."""
+        """Half as many clients again as there are slots, each with one request after the other. Its rate: of what they got."""
         phase = Phase("closed", 0.0)
         end_s = time.monotonic() + seconds
 
@@ -131,7 +131,7 @@ class Driver:
             while time.monotonic() < end_s:
                 await self._ask(phase)
 
-        await self._watched(phase, lambda: asyncio.gather(*(client() for _ in range(self._load.slots))))
+        await self._watched(phase, lambda: asyncio.gather(*(client() for _ in range(self._load.slots * 3 // 2))))
         phase.rate = phase.statuses[200] / phase.seconds
         return phase
 

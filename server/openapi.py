@@ -28,6 +28,7 @@ from server.api.models import ModelCard, ModelList
 from server.api.responses import InputTokens
 from server.api.responses_request import ResponseRequest
 from server.api.responses_types import DeletedResponse, Event, ItemList, ResponseObject
+from server.api.time_limits import FIRST_TOKEN_TIMEOUT_HEADER, MAX_TIMEOUT_S, TIMEOUT_HEADER, TimeLimits
 from server.api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from server.openapi_examples import ANSWERS, REQUESTS, STREAMS
 from server.openapi_fields import FIELDS, TYPES
@@ -164,11 +165,19 @@ _RESPONSE_LINKS = {
     name: {"operationId": name, "parameters": {"response_id": "$response.body#/id"}}
     for name in ("getResponse", "deleteResponse", "cancelResponse", "listInputItems")
 }
-_REQUEST_ID_PARAMETER = {
-    "name": REQUEST_ID_HEADER,
-    "in": "header",
-    "description": "An id for the answer's header of this name and the log; one of other characters is replaced.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+_PARAMETERS: dict[str, dict[str, Any]] = {
+    REQUEST_ID_HEADER: {
+        "description": "An id for the answer's header of this name and the log; one of other characters is replaced.",
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    },
+    TIMEOUT_HEADER: {
+        "description": "`timeout`, for clients that cannot add fields; the field is stronger.",
+        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_S},
+    },
+    FIRST_TOKEN_TIMEOUT_HEADER: {
+        "description": "`first_token_timeout`, likewise.",
+        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_S},
+    },
 }
 
 
@@ -186,7 +195,7 @@ def build(app: FastAPI, *, needs_keys: bool) -> dict[str, Any]:
         "components": {
             "schemas": schemas(OPERATIONS.values()),
             "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()},
-            "parameters": {REQUEST_ID_HEADER: _REQUEST_ID_PARAMETER},
+            "parameters": {name: {"name": name, "in": "header", **parameter} for name, parameter in _PARAMETERS.items()},
             "responses": {str(status): _error(status) for status in _STATUS_TEXT},
             "securitySchemes": {
                 "bearer": {
@@ -203,7 +212,10 @@ def _complete(operation: dict[str, Any], known: Operation) -> None:
     """What FastAPI could not know about one operation, in place."""
     operation.pop("x-request-type", None)
     operation.update(operationId=known.id, summary=known.summary)
-    operation.setdefault("parameters", []).append({"$ref": f"#/components/parameters/{REQUEST_ID_HEADER}"})
+    headers = [REQUEST_ID_HEADER]
+    if 504 in known.errors and known.request is not None:
+        headers += [TIMEOUT_HEADER, *([FIRST_TOKEN_TIMEOUT_HEADER] if issubclass(known.request, TimeLimits) else [])]
+    operation.setdefault("parameters", []).extend({"$ref": f"#/components/parameters/{name}"} for name in headers)
     if not known.needs_key:
         operation["security"] = []
     if known.request is not None:
