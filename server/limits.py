@@ -186,6 +186,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.write(_refusal(status, error_body(message, "invalid_request_error", code=code)))
         if cycle is not None:
             cycle.disconnected = True
+            cycle.waiting_for_100_continue = False
             cycle.message_event.set()
         self._lingered_bytes = 0
         self.flow.resume_reading()

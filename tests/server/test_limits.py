@@ -74,6 +74,17 @@ def test_what_is_not_is_refused_and_the_connection_ended(request_bytes: bytes, s
     run(scenario())
 
 
+def test_who_expects_100_and_is_refused_gets_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with served() as (_, port):
+            wrong = post(b"-1\r\n", "Transfer-Encoding: chunked", "Expect: 100-continue")
+            answer = await ask(port, wrong)
+            assert (answer.status, answer.error["code"]) == (400, "bad_http")
+
+    run(scenario())
+    assert "Exception" not in caplog.text
+
+
 def test_bodies_that_are_too_large_by_their_length_or_by_what_comes() -> None:
     async def scenario() -> None:
         async with served(max_body_bytes=2000) as (_, port):
