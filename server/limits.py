@@ -51,7 +51,6 @@ class LimitedProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._read_timeout_s = read_timeout_s
         self._write_timeout_s = write_timeout_s
-        self._stall_watch: StallWatch | None = None
         self._max_discarded_bytes = DISCARDED_BODIES * max_body_bytes
         self._timer: asyncio.TimerHandle | None = None
         self._waiting_since = 0.0
@@ -65,26 +64,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._stall_watch = StallWatch(transport, self._write_timeout_s, self._is_answering)
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
-        if self._stall_watch is not None:
-            self._stall_watch.stop()
+        self._stall_watch.stop()
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_for_stall()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.transport.get_write_buffer_size():
-            self._watch_for_stall()
-
-    def _watch_for_stall(self) -> None:
-        self._stall_watch = self._stall_watch or StallWatch(self.transport, self._write_timeout_s)
-        self._stall_watch.start()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -129,6 +115,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._silent_bytes = 0
         self._stop_waiting()
         super().on_headers_complete()
+        self._stall_watch.start()
         self._wait()
 
     def on_chunk_header(self) -> None:
@@ -146,6 +133,9 @@ class LimitedProtocol(HttpToolsProtocol):
         self._stop_waiting()
         self._has_bytes = False
         super().on_message_complete()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _wait(self) -> None:
         self._waiting_since = self.loop.time()
@@ -178,8 +168,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answers, unless another answer is on its way, and ends the connection."""
         self._stop_waiting()
         cycle = self.cycle
-        is_answering = cycle is not None and cycle.response_started and not cycle.response_complete
-        if self.transport.is_closing() or is_answering or self.pipeline:
+        has_begun = self._is_answering() and cycle.response_started
+        if self.transport.is_closing() or has_begun or self.pipeline:
             self.transport.close()
             return
         message, code = _REFUSALS[status]

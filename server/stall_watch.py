@@ -6,32 +6,36 @@ Generation never waits for a reader, so such a client costs no one time; it cost
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
+import socket
 import struct
-import termios
+from collections.abc import Callable
 from typing import Any
 
 logger = logging.getLogger("octavo.server")
 
 _LOOKS = 6  # per timeout
+_BYTES_ACKED_AT = 120  # of tcpi_bytes_acked, 64 bits, in Linux's struct tcp_info since 4.1
 
 
 class StallWatch:
-    """timeout_s: for which a client may take in nothing while there is something for it."""
+    """timeout_s: for which a client may take in nothing while there is something for it. is_answering: whether more is to come.
 
-    def __init__(self, transport: asyncio.Transport, timeout_s: float) -> None:
+    It looks a few times a timeout, and costs a stream nothing in between.
+    """
+
+    def __init__(self, transport: asyncio.Transport, timeout_s: float, is_answering: Callable[[], bool]) -> None:
         self._transport = transport
         self._timeout_s = timeout_s
+        self._is_answering = is_answering
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._num_waiting = 0
+        self._taken = 0
         self._progress_s = 0.0
 
     def start(self) -> None:
-        """Watch until there is nothing more to send; may be called again meanwhile."""
+        """Watch until the answer is given and sent; may be called again meanwhile."""
         if self._timer is None:
-            self._num_waiting = self._bytes_waiting()
             self._progress_s = self._loop.time()
             self._look_later()
 
@@ -45,26 +49,30 @@ class StallWatch:
 
     def _look(self) -> None:
         self._timer = None
-        if self._transport.get_write_buffer_size() == 0:
+        num_waiting = self._transport.get_write_buffer_size()
+        if num_waiting == 0 and not self._is_answering():
             return
-        num_waiting = self._bytes_waiting()
-        if num_waiting != self._num_waiting:
-            self._num_waiting, self._progress_s = num_waiting, self._loop.time()
-        elif self._loop.time() - self._progress_s >= 0.99 * self._timeout_s:
+        now = self._loop.time()
+        taken = _bytes_taken(self._transport)
+        if taken is None:
+            taken = -num_waiting  # as far as can be told: we may have added as much as was taken
+        if taken != self._taken or num_waiting == 0:
+            self._taken, self._progress_s = taken, now
+        if now - self._progress_s >= 0.99 * self._timeout_s:
             logger.info("a client took in nothing for %g s: its connection is ended", self._timeout_s)
             self._transport.abort()
             return
         self._look_later()
 
-    def _bytes_waiting(self) -> int:
-        """Ours and the system's: a slow client empties the latter long before it takes more from us."""
-        return self._transport.get_write_buffer_size() + _bytes_in_system(self._transport)
 
+def _bytes_taken(transport: asyncio.Transport) -> int | None:
+    """What the other side's system has acknowledged so far; None where ours does not say.
 
-def _bytes_in_system(transport: asyncio.Transport) -> int:
-    """Of a socket, sent or not, but not yet acknowledged; 0 where the system does not say."""
-    socket: Any = transport.get_extra_info("socket")
+    What still waits in our own system's buffer would not do: a slow client empties that long before it takes more from us.
+    """
+    connection: Any = transport.get_extra_info("socket")
     try:
-        return int(struct.unpack("i", fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0])
-    except (OSError, ValueError):
-        return 0
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED_AT + 8)
+        return int(struct.unpack_from("=Q", info, _BYTES_ACKED_AT)[0])
+    except (OSError, AttributeError, struct.error):
+        return None

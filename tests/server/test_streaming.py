@@ -11,7 +11,7 @@ import pytest
 
 from engine.client import EngineClient
 from engine.errors import RequestFailed
-from engine.messages import RequestOutput, TokenLogprobs
+from engine.messages import AddRequest, RequestOutput, TokenLogprobs
 from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams
 from server import sse
@@ -33,9 +33,8 @@ class LiveClient(FakeEngineClient):
     async def generate(self, prompt_token_ids: list[int], sampling: SamplingParams, **_: Any) -> Any:
         choices = [Choice(self.tokenizer.detokenizer(prompt_token_ids)) for _ in range(sampling.n)]
         self.sampling.append(sampling)
-        self.live.append(
-            RequestStream(str(len(self.live)), len(prompt_token_ids), choices, frozenset({256}), self.aborted.append)
-        )
+        message = AddRequest(request_id=str(len(self.live)), prompt_token_ids=prompt_token_ids, sampling=sampling)
+        self.live.append(RequestStream(message, choices, frozenset({256}), self.aborted.append))
         return self.live[-1]
 
     def say(self, stream: int, text: str, *, choice: int = 0, finish: str | None = None, deliver: bool = True) -> None:
@@ -46,7 +45,7 @@ class LiveClient(FakeEngineClient):
                 RequestOutput(
                     request_id=live.request_id,
                     choice_index=choice,
-                    first_token_index=live._choices[choice].num_tokens,
+                    first_token_index=len(live._choices[choice].token_ids),
                     token_ids=[token_id],
                     logprobs=None if num_top is None else [TokenLogprobs(-0.5, 1, [token_id], [-0.5])],
                     finish_reason=finish if index == len(text) - 1 else None,
