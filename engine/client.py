@@ -322,8 +322,12 @@ class EngineClient:
     # -- lives of the engine --------------------------------------------------------------------------------------------
 
     def _become_ready(self, ready: EngineReady) -> None:
-        if self.state == "recovering":
-            self._probe.send()  # its answer shows that this engine can complete a step
+        if self.ready is not None:
+            decided, before = (ready.num_blocks, ready.max_model_len), (self.ready.num_blocks, self.ready.max_model_len)
+            if decided == before:
+                self._probe.send()  # its answer shows that this engine can complete a step
+            else:
+                self._end_useless(f"it decided on {decided} pages and context, where the first one had {before}")
             return
         try:
             self._tokenizer = Tokenizer.load(Path(ready.model_dir), chat_template=self._chat_template)
@@ -341,7 +345,15 @@ class EngineClient:
 
     def _take_probe(self, output: RequestOutput) -> None:
         if self._probe.take(output) and self.state == "recovering":
-            self._resume()
+            if output.error is None:
+                self._resume()
+            else:
+                self._end_useless(f"its first step failed: {output.error.message}")
+
+    def _end_useless(self, why: str) -> None:
+        """Kill an engine that has been started in vain."""
+        self._load_failure = EngineUnavailable(why)
+        self._supervisor.kill_this_life()
 
     def _resume(self) -> None:
         """The new engine is ready: it goes on with every open request, in the order in which they came."""

@@ -1,0 +1,20 @@
+"""An engine on a GPU, with graphs, is killed among thirty-two requests: the next one waits for the memory of the card."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_crash_with_tiny_model import serving, under_fire
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_answers_are_the_same_after_a_death(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path, "--device", "cuda", "--gpu-memory-utilization", "0.5") as server:
+        under_fire(server, 1000, [5, 60] if number is signal.SIGKILL else [30], number)
