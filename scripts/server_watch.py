@@ -69,9 +69,11 @@ class ServerWatch:
     def wait_at_rest(self, limit_s: float) -> Vitals:
         """The first vitals of a ready server in which everything has ended, or those after limit_s. Raises like `vitals`."""
         deadline = time.monotonic() + limit_s
-        while not (self.is_ready() and self.vitals().at_rest()) and time.monotonic() < deadline:
+        while True:
+            vitals = self.vitals()
+            if (vitals.engine_pid and vitals.at_rest() and self.is_ready()) or time.monotonic() >= deadline:
+                return vitals
             time.sleep(POLL_S)
-        return self.vitals()
 
     def is_ready(self) -> bool:
         """Whether the engine completes steps. Raises like `vitals`."""

@@ -90,7 +90,7 @@ class Soak:
     async def _round(self, seconds: float) -> None:
         beside = [asyncio.create_task(self._observe())]
         if self._options.kill_every is not None:
-            beside.append(asyncio.create_task(self._kill(self._options.kill_every)))
+            beside.append(asyncio.create_task(self._kill(self._options.kill_every, time.monotonic() + seconds)))
         try:
             await self._load.run(self._options.clients, seconds)
         finally:
@@ -104,14 +104,14 @@ class Soak:
             self._peak_pages = max(self._peak_pages, vitals.metrics.get("kv_cache_usage_perc", 0.0))
             await asyncio.sleep(1.0)
 
-    async def _kill(self, every_s: float) -> None:
+    async def _kill(self, every_s: float, until_s: float) -> None:
         """Only an engine that has come back: one after the other that dies without a step ends the server, as it should."""
         while True:
             await asyncio.sleep(every_s * self._rng.uniform(0.5, 1.5))
             while not await asyncio.to_thread(self._watch.is_ready):
                 await asyncio.sleep(POLL_S)
             engine = self._watch.engine()
-            if engine is not None:
+            if engine is not None and time.monotonic() < until_s:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(engine.pid, signal.SIGKILL)
                     self.num_kills += 1

@@ -152,7 +152,7 @@ class Load:
                 parts.append(part)
                 if behaviour == "read slowly":
                     await asyncio.sleep(PAUSE_S)
-        self._judge(kind, path, response, b"".join(parts))
+        self.judge(kind, path, response, b"".join(parts))
 
     async def _ask_and_leave(self, connections: Connections, path: str, body: Body, after_s: float) -> None:
         async def ask() -> None:
@@ -165,7 +165,8 @@ class Load:
         except TimeoutError:
             self.tally.outcomes["left"] += 1
 
-    def _judge(self, kind: str, path: str, response: Response, body: bytes) -> None:
+    def judge(self, kind: str, path: str, response: Response, body: bytes) -> None:
+        """Count an answer that has been read whole."""
         status = response.status
         if kind == "wrong" and status == 400:
             self.tally.outcomes["ok"] += 1
@@ -173,7 +174,7 @@ class Load:
             self.tally.outcomes["refused"] += 1
             if "retry-after" not in response.headers:
                 self.tally.fail(kind, f"HTTP {status} without Retry-After")
-        elif status != 200:
+        elif status != 200 or kind == "wrong":
             self.tally.fail(kind, f"HTTP {status} {body[:200].decode(errors='replace')}")
         elif problem := self._problem_of(kind, path, body, response.headers.get("content-type", "")):
             self.tally.fail(kind, problem)

@@ -212,7 +212,7 @@ class BodyMaker:
             wrong = not isinstance(body.get(_LIMITS[path]), int | None)
             if always or not wrong:
                 body[_LIMITS[path]] = self._rng.randint(1, 8)
-            if isinstance(body.get("n"), int) and body["n"] > 8 and self._rng.random() < 0.9:
+            if isinstance(body.get("n"), int) and body["n"] > 8 and self._rng.random() < 0.98:
                 body["n"] = self._rng.randint(2, 8)
         return body
 

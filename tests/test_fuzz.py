@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import json
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ from bench_process import Server, free_port, running
 from server_watch import ServerWatch, Vitals
 
 from tests.fuzz_wire import READ_TIMEOUT_S, ShotMaker, fire
+from tests.tiny_config import make_folder
 
 SEED = 6
 NUM_SHOTS, NUM_IN_SHORT = 10_000, 600
@@ -31,12 +31,6 @@ REST_LIMIT_S = 60.0
 MAX_GROWTH_BYTES = 96 * 2**20
 SPARE_FDS = 8  # a pool's threads and a template worker's pipes may have come
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 64,
-    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "max_position_embeddings": 512, "initializer_range": 0.2, "tie_word_embeddings": False, "bos_token_id": 0,
-    "eos_token_id": 1,
-}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}"
     "</tool_call>{% endfor %}\n{% endfor %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
@@ -52,9 +46,7 @@ FLAGS = (
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    folder = make_folder(tmp_path / "model")
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", str(folder), "--port", str(port), *FLAGS]
     with running(command, {"HF_HUB_OFFLINE": "1"}, port, tmp_path / "log") as server:
