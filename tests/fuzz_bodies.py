@@ -86,7 +86,8 @@ class BodyMaker:
         """A path and the bytes of its body."""
         rng = self._rng
         path = rng.choice([*ENDPOINTS, "/v1/chat/completions", "/v1/completions"])
-        kind = rng.choices((self._by_schema, self._mutated_example, self._of_field_names), (5, 4, 1))[0]
+        kinds = (self._by_schema, self._mutated_example, self._with_a_wrong_field, self._of_field_names)
+        kind = rng.choices(kinds, (4, 3, 3, 1))[0]
         body = self._affordable(path, kind(path))
         text = json.dumps(body)
         if rng.random() < 0.2:
@@ -189,6 +190,12 @@ class BodyMaker:
                 holder[rng.choice((*FIELD_NAMES, SECRET, "\ud800", ""))] = holder.pop(key)
             else:
                 holder[key] = self._junk()
+        return body
+
+    def _with_a_wrong_field(self, path: str) -> Any:
+        """An example with one more of its endpoint's fields, of any type."""
+        body = copy.deepcopy(self._rng.choice(ENDPOINTS[path][1]))
+        body[self._rng.choice(list(SCHEMAS[ENDPOINTS[path][0]]["properties"]))] = self._junk()
         return body
 
     def _of_field_names(self, path: str) -> Any:
