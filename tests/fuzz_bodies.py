@@ -15,6 +15,8 @@ from tests.random_schemas import SchemaMaker
 
 SECRET = "tulip-bulb"
 """In many bodies as a value; no error may repeat it."""
+CONTEXT = 256
+"""Of the server, in tokens; its tokenizer makes one of an x."""
 
 SCHEMAS = schemas(OPERATIONS.values())
 ENDPOINTS = {
@@ -162,6 +164,10 @@ class BodyMaker:
         return self._rng.choice([drawn, drawn, drawn, *edges])
 
     def _text(self, num_words: int) -> str:
+        if self._rng.random() < 0.1:
+            return "".join(chr(self._rng.choice((*range(0x20), 0x7F, 0xFEFF, 0x10FFFF, 0x1F600))) for _ in range(num_words))
+        if self._rng.random() < 0.05:
+            return "x" * self._rng.randint(CONTEXT - 20, CONTEXT + 2)
         return " ".join(self._rng.choice(WORDS) for _ in range(num_words))
 
     # -- otherwise ----------------------------------------------------------------------------------------------------

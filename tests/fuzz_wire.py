@@ -30,7 +30,7 @@ PATHS = (
     "/static/../app.py", "//v1/models", "/v1/models?" + "a=" * 500, "/%2e%2e/%2e%2e", "/v1/completions/", "/V1/COMPLETIONS",
     "/admin/drain", "/admin/log_level", "/v1/\xe9".encode().decode("latin-1"), "*", "http://x/v1/models", "/" + SECRET,
 )  # fmt: skip
-METHODS = ("GET", "GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "get", "BREW", "M-SEARCH")
+METHODS = ("GET", "GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "get", "BREW", "M-SEARCH")
 HEADERS = (
     "Content-Type: text/plain", "Content-Type: application/json; charset=utf-16",
     "Content-Type: multipart/form-data; boundary=x", "Content-Encoding: gzip", "Transfer-Encoding: gzip",

@@ -18,6 +18,7 @@ import pytest
 from bench_process import Server, free_port, running
 from server_watch import ServerWatch, Vitals
 
+from tests.fuzz_bodies import CONTEXT
 from tests.fuzz_wire import READ_TIMEOUT_S, ShotMaker, fire
 from tests.tiny_config import make_folder
 
@@ -37,10 +38,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 FLAGS = (
-    "--load-format", "dummy", "--dtype", "float32", "--max-model-len", "256", "--num-kv-blocks", "256", "--num-threads", "1",
-    "--max-waiting-requests", "0", "--max-waiting-tokens", "0", "--read-timeout-s", str(READ_TIMEOUT_S), "--tool-parser",
-    "hermes", "--reasoning-parser", "none", "--response-store-size", "64", "--served-model-name", "tiny", "--chat-template",
-    CHAT_TEMPLATE,
+    "--load-format", "dummy", "--dtype", "float32", "--max-model-len", str(CONTEXT), "--num-kv-blocks", "256",
+    "--num-threads", "1", "--max-waiting-requests", "0", "--max-waiting-tokens", "0", "--read-timeout-s", str(READ_TIMEOUT_S),
+    "--tool-parser", "hermes", "--reasoning-parser", "none", "--response-store-size", "64", "--served-model-name", "tiny",
+    "--chat-template", CHAT_TEMPLATE,
 )  # fmt: skip
 
 
