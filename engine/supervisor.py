@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from engine.watchdog import LOOK_INTERVAL_S, Watchdog
 logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
+API_KEY_VARIABLE = "OCTAVO_API_KEY"
 STOP_TIMEOUT_S = 5.0
 STACK_TIMEOUT_S = 1.0
 READY_BEAT_S = 4.0  # silence after which an engine does not count as ready; it is killed a little later
@@ -104,7 +105,7 @@ class Supervisor:
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
-            env={**OPENMP_DEFAULTS, **os.environ, "PYTHONPATH": python_path},
+            env={**OPENMP_DEFAULTS, **_without_secrets(os.environ), "PYTHONPATH": python_path},
         )
         self._process = process
         if self._stopping:  # meanwhile
@@ -220,6 +221,11 @@ class Supervisor:
     def _remove_files(self, epoch: int) -> None:
         for path in self._folder.glob(f"*-{epoch}"):
             path.unlink(missing_ok=True)
+
+
+def _without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
+    """The engine may run code that comes with a model, which is nobody to give the API keys to."""
+    return {name: value for name, value in environ.items() if name != API_KEY_VARIABLE}
 
 
 def _is_stopped(pid: int) -> bool:
