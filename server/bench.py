@@ -16,7 +16,7 @@ from server.bench_http import HttpError
 from server.bench_load import Load, describe, probe
 from server.bench_report import MARKDOWN_HEAD, Sample, format_markdown_row, format_table, summarize
 from server.bench_workers import CutShort, gather
-from server.keys import first_key
+from server.client_key import first_key
 
 DESCRIPTION = """\
 Puts an OpenAI-compatible server under load, many streams at once, and says how long its clients waited and how much they got.

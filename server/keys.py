@@ -90,11 +90,6 @@ def read_keys(given: Sequence[str], file: str | None) -> KeyRing:
     return KeyRing(((key.encode(), known) for key, (_, known) in keys.items()), notes)
 
 
-def first_key(listed: str) -> str:
-    """The key itself of the first entry of `OCTAVO_API_KEY`, for a client; empty where there is none."""
-    return next(iter(listed.split(",", maxsplit=1)[0].split()), "")
-
-
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of the lines that hold a key. A # begins a comment at a line's start, or after white space."""
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from server.chat_client import DEFAULT_URL, ChatError, ChatServer
-from server.keys import first_key
+from server.client_key import first_key
 from server.terminal import Terminal
 
 DESCRIPTION = """\

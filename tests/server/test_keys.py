@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
+from server.client_key import first_key
 from server.config import load_config
-from server.keys import KeyRing, first_key, read_keys
+from server.keys import KeyRing, read_keys
 
 KEY_FILE = """\
 # of the house
