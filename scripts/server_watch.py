@@ -31,7 +31,7 @@ class Vitals:
 
     def at_rest(self) -> bool:
         """Whether nothing runs, waits or holds a page."""
-        return all(self.metrics.get(name, 0.0) == 0 for name in GAUGES)
+        return all(self.metrics[name] == 0 for name in GAUGES)
 
 
 class ServerWatch:

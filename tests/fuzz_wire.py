@@ -37,10 +37,10 @@ HEADERS = (
     "Transfer-Encoding: identity", "Expect: 100-continue", "Expect: x", "Authorization: Bearer \xff\xfe",
     "Authorization: Basic x", "Authorization:", "X-Request-Id: a\tb", "X-Request-Id: " + "x" * 500, "Cookie: " + "x" * 4000,
     "Upgrade: websocket", "Upgrade: h2c", "Connection: upgrade", "Connection: close, keep-alive", "Origin: null",
-    "Sec-Fetch-Site: cross-site", "Accept: text/event-stream", "Accept-Encoding: gzip", "Host: y", "X-Timeout: NaN",
+    "Sec-Fetch-Site: cross-site", "Accept: text/event-stream", "Accept-Encoding: gzip", "Host: y", "X-Request-Timeout: NaN",
     "Range: bytes=0-1", "X-Empty:", ": x", "X-A: \x00", "X-A : x", " folded", "Content-Length: -1", "Content-Length: 1e3",
-    "Content-Length: 99999999999999999999", "X-Stainless-Timeout: 600", "X-Request-Timeout: -1", "Accept: \x7f",
-    "X-Forwarded-For: 1.1.1.1",
+    "Content-Length: 99999999999999999999", "X-Stainless-Timeout: 600", "X-Request-Timeout: -1",
+    "X-First-Token-Timeout: 0.001", "X-Request-Timeout: 1e-9", "Accept: \x7f", "X-Forwarded-For: 1.1.1.1",
 )  # fmt: skip
 
 Ending = Literal["read", "half_close", "leave", "reset"]

@@ -9,13 +9,13 @@ from typing import cast
 
 import pytest
 import soak
-from server_watch import ServerWatch, Vitals
+from server_watch import GAUGES, ServerWatch, Vitals
 from soak_load import Load
 
 from server.bench_http import Connections, Response
 from tests.tiny_config import make_folder
 
-GOOD = Vitals(10, 11, 100 * 2**20, 400 * 2**20, 20, 15, {"num_requests_running": 0.0, "kv_cache_usage_perc": 0.0})
+GOOD = Vitals(10, 11, 100 * 2**20, 400 * 2**20, 20, 15, dict.fromkeys(GAUGES, 0.0))
 SAME = b'data: {"choices": [{"text": "one"}]}\n\ndata: [DONE]\n\n'
 FLAGS = (
     "--load-format", "dummy", "--dtype", "float32", "--max-model-len", "256", "--num-kv-blocks", "256", "--num-threads", "1",
@@ -46,7 +46,7 @@ def verdict(*at_rest: Vitals, num_kills: int = 0) -> list[str]:
         ({"frontend_rss_bytes": 200 * 2**20}, "the frontend's memory grew from 100 to 200 MiB"),
         ({"engine_rss_bytes": 500 * 2**20}, "the engine's memory grew"),
         ({"frontend_fds": 40}, "40 file descriptors"),
-        ({"metrics": {"kv_cache_usage_perc": 0.01}}, "not everything came to rest"),
+        ({"metrics": dict.fromkeys(GAUGES, 0.01)}, "not everything came to rest"),
         ({"engine_pid": 12}, "the engine died"),
         ({"engine_pid": 0}, "a process is gone"),
     ],
