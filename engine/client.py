@@ -7,7 +7,6 @@ import asyncio
 import itertools
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,6 +16,7 @@ import msgspec
 from engine.config import EarlierLife
 from engine.engine_connection import EngineConnection
 from engine.errors import EngineUnavailable, ModelLoadError, OctavoError, RequestFailed
+from engine.lives import Lives
 from engine.messages import (
     Abort,
     Accepted,
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "recovering", "failed", "stopping"]
 
-# An engine that dies idle so soon after it was ready gets nowhere, though its probe succeeded.
-SHORT_LIFE_S = 10.0
 ASK_AGAIN_S = 0.5
 OVERDUE_INTERVAL_S = 0.25
 
@@ -64,7 +62,7 @@ class Embedding(NamedTuple):
 class EngineClient:
     """One frontend's connection to one engine after the other. `start` returns at once; `state` tells how far the engine is.
 
-    num_restarts: engines that took a dead one's place. stats: counters are sums over all engines, gauges the present one's.
+    stats: counters are sums over all engines, gauges the present one's.
     """
 
     def __init__(self, supervisor: Supervisor, *, chat_template: str | None = None) -> None:
@@ -77,8 +75,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._connection: EngineConnection | None = None
         self._probe = StepProbe(self._new_id, self._send)
-        self._num_failed_starts = 0
-        self._ready_s = self._died_s = self._life_s = 0.0
+        self._lives = Lives()
         self._restart: asyncio.Task[None] | None = None
         self._load_failure: OctavoError | None = None
         self._earlier_stats = EngineStats()
@@ -87,10 +84,14 @@ class EngineClient:
         self.failure: OctavoError | None = None
         self.ready: EngineReady | None = None
         self.stats = EngineStats()
-        self.num_restarts = 0
         self._tokenizer: Tokenizer | None = None
         self._eos_token_ids: frozenset[int] = frozenset()
         self.on_progress: Callable[[LoadProgress], None] = lambda progress: None
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines that took a dead one's place."""
+        return self._lives.num_restarts
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -340,7 +341,7 @@ class EngineClient:
 
     def _enter_ready(self) -> None:
         self.state = "ready"
-        self._ready_s = time.monotonic()
+        self._lives.ready()
         self._changed.set()
 
     def _take_probe(self, output: RequestOutput) -> None:
@@ -359,7 +360,7 @@ class EngineClient:
         """The new engine is ready: it goes on with every open request, in the order in which they came."""
         logger.info(
             "the engine is ready again, %.2f s after the last one's death; %d requests go on",
-            time.monotonic() - self._died_s,
+            self._lives.since_death_s,
             len(self._open.streams),
         )
         self._enter_ready()
@@ -376,8 +377,7 @@ class EngineClient:
             self._connection = None
         if self.state == "ready":
             self.state = "recovering"
-            self._died_s = time.monotonic()
-            self._life_s = self._died_s - self._ready_s
+            self._lives.left()
 
     def _engine_died(self, death: Death) -> None:
         if self.state in ("failed", "stopping"):
@@ -392,10 +392,10 @@ class EngineClient:
         self._probe.forget()
         cause = f"{death.cause}: {self._load_failure.message}" if self._load_failure else death.cause
         self._load_failure = None
-        self._count_failed_start(death)
+        self._lives.died(death)
         if death.is_final:
             self._fail_engine(EngineUnavailable(cause))
-        elif self._num_failed_starts >= (most := self._supervisor.recovery.max_failed_starts):
+        elif self._lives.num_in_vain >= (most := self._supervisor.recovery.max_failed_starts):
             sentence = f"the engine died {most} times in a row without completing a step; the last time {cause}"
             self._fail_engine(EngineUnavailable(sentence))
         else:
@@ -404,15 +404,8 @@ class EngineClient:
                 logger.error("request %s is given up: the engine died over it again and again", request_id)
             self._start_next(ready)
 
-    def _count_failed_start(self, death: Death) -> None:
-        """A life was in vain where it ended before a step, or soon after the probe's, with nobody to blame for it."""
-        num_probes = 1 if self.num_restarts else 0
-        got_on = death.num_completed > num_probes or death.request_ids or self._life_s > SHORT_LIFE_S
-        self._num_failed_starts = 0 if self._life_s and got_on else self._num_failed_starts + 1
-        self._life_s = 0.0
-
     def _start_next(self, ready: EngineReady) -> None:
-        self.num_restarts += 1
+        self._lives.restart()
         self.progress = None
         self._earlier_stats = msgspec.structs.replace(self.stats, num_running=0)
         self.stats = msgspec.structs.replace(
@@ -446,5 +439,7 @@ class EngineClient:
         if self.state == "stopping":
             return EngineUnavailable("the server is shutting down")
         phase = f" ({self.progress.phase})" if self.progress else ""
-        doing = "being started again" if self.state == "recovering" else "still starting"
-        return EngineUnavailable(f"the engine is {doing}{phase}; try again in a few seconds")
+        if self.state == "recovering":
+            sentence = f"the engine is being started again{phase}; try again in a few seconds"
+            return EngineUnavailable(sentence, retry_after_s=self._lives.ready_in_s)
+        return EngineUnavailable(f"the engine is still starting{phase}; try again in a few seconds")

@@ -130,7 +130,7 @@ class Crowd:
 
     async def _run(self) -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._url, timeout=280, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=self._url, timeout=1100, limits=limits) as http:
             await asyncio.gather(*(self._ask(http, i) for i in range(NUM_REQUESTS)), self._embed(http))
 
     def run(self) -> None:

@@ -68,6 +68,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "supervisor",
         "request_stream",
         "suspects",
+        "lives",
         "open_requests",
         "engine_connection",
         "step_probe",

@@ -18,7 +18,15 @@ from tokenizers import decoders, models
 from engine.client import EngineClient
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError
-from engine.messages import AddRequest, RequestOutput, TokenLogprobs
+from engine.messages import (
+    Accepted,
+    AddRequest,
+    ErrorInfo,
+    FrontendMessage,
+    Refused,
+    RequestOutput,
+    TokenLogprobs,
+)
 from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.supervisor import Supervisor
@@ -205,5 +213,29 @@ def test_the_engine_ends_with_its_parent(model_dir: Path):
             assert process is not None and process.stdin is not None
             process.stdin.close()  # what the kernel does when the parent dies
             assert await asyncio.wait_for(process.wait(), 10) == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_engine_that_has_too_much_to_take_over_is_asked_again(model_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.client.ASK_AGAIN_S", 0.01)
+
+    async def scenario() -> None:
+        supervisor = Supervisor(EngineConfig(), command=COMMAND)
+        client = EngineClient(supervisor)
+        client.state = "ready"
+        client._lives.restart()
+        sent: list[FrontendMessage] = []
+        monkeypatch.setattr(client, "_send", sent.append)
+        stream = make_stream(model_dir, 1, [])
+        client._open.open(stream)
+        client._dispatch(Accepted("me:1"))
+        client._dispatch(Refused("me:1", ErrorInfo("EngineUnavailable", "too many grammars")))
+        await until(lambda: bool(sent))
+        assert isinstance(sent[0], AddRequest) and sent[0].request_id == "me:1"
+        client._dispatch(Refused("me:1", ErrorInfo("InvalidRequest", "never")))
+        with pytest.raises(InvalidRequest, match="never"):
+            await anext(stream)
+        await supervisor.stop()
 
     asyncio.run(scenario())
