@@ -21,6 +21,27 @@ def test_health_follows_the_engine(api: Api) -> None:
     assert api.get("/health").json()["status"] == "stopping"
 
 
+def test_liveness_falls_only_where_a_restart_from_outside_helps(api: Api) -> None:
+    for state, live, ready in (
+        ("starting", 200, 503),
+        ("ready", 200, 200),
+        ("recovering", 200, 503),
+        ("stopping", 200, 503),
+        ("failed", 503, 503),
+    ):
+        api.client.state = state
+        assert api.get("/health/live").status_code == live and api.request("HEAD", "/health/live").status_code == live
+        assert api.get("/health/ready").status_code == api.get("/health").status_code == ready
+        assert api.get("/health/live").json()["status"] == state
+
+
+def test_an_engine_that_completes_no_step_is_not_ready(api: Api) -> None:
+    api.client.steps_complete = False
+    response = api.get("/health/ready")
+    assert response.status_code == 503 and "no step" in response.json()["detail"]
+    assert api.get("/health/live").status_code == 200
+
+
 def test_models_list_every_name(api: Api) -> None:
     api.config = api.config.model_copy(update={"served_model_name": ["a", "b/c"]})
     body = api.get("/v1/models").json()
