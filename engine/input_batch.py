@@ -16,7 +16,7 @@ import torch
 
 from engine.attention.base import DeviceRows, RaggedBatch
 from engine.sampling_slots import SamplingSlots
-from engine.step import NewRow, SchedulerOutput
+from engine.step import SCRATCH_BLOCK_ID, NewRow, SchedulerOutput
 from engine.step_feed import StepFeed, to_device
 from engine.token_masks import IntArray
 
@@ -108,8 +108,14 @@ class InputBatch:
         self._num_known[slot] = count
         self._num_prompt_tokens[slot] = row.num_prompt_tokens
         self._num_prompt_logprobs[slot] = row.sampling.prompt_logprobs or 0
+        num_before = self._num_blocks[:, slot].tolist()
         self._num_blocks[:, slot] = 0
         self._append_blocks(slot, row.block_ids)
+        if self.feed is not None:
+            # Other people's kernels may read past a row's end and weigh that with zero; what the slot's last choice had there
+            # may be a page with another's bad numbers by now, which zero does not make good.
+            for group, (ids, before) in enumerate(zip(row.block_ids, num_before, strict=True)):
+                self.feed.append_blocks(group, slot, len(ids), [SCRATCH_BLOCK_ID] * (before - len(ids)))
         self.sampling.fill(row)
 
     def _append_blocks(self, slot: int, ids_by_group: Sequence[list[int]]) -> None:

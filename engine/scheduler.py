@@ -450,7 +450,8 @@ class Scheduler:
         for choice in self._by_id[request.request_id]:
             self.kv_cache.taint(choice)
         place = "its prompt" if request.num_output_tokens == 0 else f"output token {request.num_output_tokens}"
-        sentence = f"the model gave no usable numbers (NaN or infinity) after {place}; only this request is ended"
+        allowed = "" if request.matcher is None else " for any token that is allowed there"
+        sentence = f"the model gave no usable numbers (NaN or infinity) after {place}{allowed}; only this request is ended"
         return self.fail(request, RequestFailed(sentence, code="bad_numbers"))
 
     # -- take a step's result ---------------------------------------------------------------------------------------

@@ -41,6 +41,18 @@ def step_of(rows: list[tuple[int, int, int]], **fields: Any) -> SchedulerOutput:
     return SchedulerOutput(0, slots=slots, start_positions=starts, num_tokens=counts, **fields)
 
 
+def test_a_slot_s_table_names_no_page_of_its_last_choice() -> None:
+    batch = make_batch(num_groups=2, on_device=True)
+    assert batch.feed is not None
+    for row, expected in (
+        (row_of(1, [10] * 14, [[5, 6, 7, 8], [1, 2, 3, 4]]), ([5, 6, 7, 8, 0], [1, 2, 3, 4, 0])),
+        (row_of(1, [20] * 3, [[9], [10]]), ([9, 0, 0, 0, 0], [10, 0, 0, 0, 0])),
+    ):
+        batch.apply(step_of([], new_rows=[row]))
+        batch.feed.send({}, padded_to=1)
+        assert tuple(table[1, :5].tolist() for table in batch.feed.tables) == expected
+
+
 def test_ragged_inputs_of_chunks_and_decodes() -> None:
     batch = make_batch(num_groups=2)
     step = step_of(
