@@ -54,9 +54,10 @@ class ScriptedClient(FakeEngineClient):
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, skip_special_tokens: bool = True, **_: Any
     ) -> RequestStream:
         detokenizer = self.tokenizer.detokenizer(prompt_token_ids, skip_special_tokens=skip_special_tokens)
-        stream = RequestStream("r", len(prompt_token_ids), [Choice(detokenizer)], frozenset({EOS_ID}), lambda _: None)
+        message = AddRequest(request_id="r", prompt_token_ids=prompt_token_ids, sampling=sampling)
+        stream = RequestStream(message, [Choice(detokenizer)], frozenset({EOS_ID}), lambda _: None)
         core = self._core()
-        core.add(AddRequest(request_id="r", prompt_token_ids=prompt_token_ids, sampling=sampling))
+        core.add(message)
         task = asyncio.create_task(self._run(core, stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
