@@ -192,6 +192,7 @@ def poisoned(folder: Path, name: str = "llama") -> Path:
     tiny_models.build(name, folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][POISON] = float("nan")
+    weights["lm_head.weight"][POISON] = 0.0  # so that no sound request comes to say it
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
