@@ -28,10 +28,10 @@ class ThinkFormat:
         return TapeParser(lambda tape: self._read(tape, is_open, before_tools))
 
     def grammar(self, answer: str, *, is_open: bool, is_call: bool = False) -> str:
+        first = "section" if is_open else f"({lark.marker(self._vocabulary, self.opening)} section)?"
+        rules = f'start: {first} answer\nsection: thoughts LINE_BREAKS\nLINE_BREAKS: "\\n"{{0,2}}\n'
         thoughts = lark.text_to(self._vocabulary, "thoughts", self.closing)
-        opened = "thoughts" if is_open else f"({lark.marker(self._vocabulary, self.opening)} thoughts)?"
-        rules = f"start: {opened} LINE_BREAKS answer\n" if is_open else f"start: ({opened[:-1]} LINE_BREAKS)? answer\n"
-        return rules + 'LINE_BREAKS: "\\n"{0,2}\n' + thoughts + lark.ANY_TEXT + lark.nested("answer", answer)
+        return rules + thoughts + lark.ANY_TEXT + lark.nested("answer", answer)
 
     def _read(self, tape: Tape, is_open: bool, before_tools: bool) -> Reading[None]:
         shown = frozenset() if before_tools else self._dropped

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from server.parsers.base import FunctionTool, OutputParser, ParsedCall, ParsedMessage
+import msgspec
+
+from server.parsers.base import CallArguments, CallStart, Content, FunctionTool, OutputParser, Part, Reasoning
 
 
 def deepseek_token(words: str) -> str:
@@ -54,6 +56,31 @@ TOOLS = [
 ]
 
 
+class ParsedCall(msgspec.Struct):
+    name: str
+    arguments: str = ""
+
+
+class ParsedMessage(msgspec.Struct):
+    """The parts of a message, joined."""
+
+    content: str
+    reasoning: str
+    calls: list[ParsedCall]
+
+    def add(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            match part:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case CallStart(_, name):
+                    self.calls.append(ParsedCall(name))
+                case CallArguments(_, text):
+                    self.calls[-1].arguments += text
+
+
 class Sample(NamedTuple):
     format: str
     text: str
@@ -67,7 +94,7 @@ class Sample(NamedTuple):
 
 
 def parse(parser: OutputParser, pieces: Iterable[str]) -> ParsedMessage:
-    message = ParsedMessage(calls=[])
+    message = ParsedMessage("", "", [])
     for piece in pieces:
         message.add(parser.push(piece))
     message.add(parser.finish())

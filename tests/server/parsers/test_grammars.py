@@ -18,11 +18,11 @@ from engine.errors import InvalidRequest
 from engine.grammar import Grammar, GrammarTokenizer, MaskMaker, Matcher
 from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.tokenizer import Tokenizer
-from server.parsers.base import FunctionTool, ParsedCall, ParsedMessage
+from server.parsers.base import FunctionTool
 from server.parsers.lark import MAX_PARALLEL_CALLS, arguments_schema
 from server.parsers.registry import TOOL_FORMATS, chain, load_reasoning_format, load_tool_format
 from tests.server.parsers.formats import EOS_ID, byte_tokenizer, vocabulary
-from tests.server.parsers.samples import BEGIN, CALL, SEP, parse
+from tests.server.parsers.samples import BEGIN, CALL, SEP, ParsedCall, ParsedMessage, parse
 from tests.tokenizers_in_the_manner_of import BUILDERS
 
 TOOLS = [
@@ -59,6 +59,8 @@ BY_NAME = {tool.name: tool for tool in TOOLS}
 every_format = pytest.mark.parametrize("name", TOOL_FORMATS)
 with_and_without_tokens = pytest.mark.parametrize("with_markers", [True, False], ids=["tokens", "strings"])
 
+HARMONY_THOUGHTS = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+
 # Text that ends where a call begins, up to its name.
 OPENINGS = {
     "hermes": 'Hm <tool_call>\n{"name": "',
@@ -68,7 +70,9 @@ OPENINGS = {
     "deepseek_v3": f"Hm {BEGIN}{CALL}function{SEP}",
     "deepseek_v31": f"Hm {BEGIN}{CALL}",
     "qwen3_coder": "Hm <tool_call>\n<function=",
+    "harmony": f"{HARMONY_THOUGHTS}<|channel|>commentary to=functions.",
 }
+TEXTS = {"harmony": f"{HARMONY_THOUGHTS}<|channel|>final<|message|>"}
 
 
 @cache
@@ -157,14 +161,10 @@ def test_free_text_with_strict_calls(name: str) -> None:
     format = load_tool_format(name, vocabulary(tokenizer))
     for parallel in (False, True):
         lark = format.lazy_grammar(TOOLS, parallel=parallel)
-        if name == "harmony":
-            assert lark is None
-            return
         assert lark is not None
         grammar = compiled(library, lark)
-        assert write(tokenizer, grammar, 1, 'Some text, "a" < {b}\n [c](d): <e>\n').startswith(
-            'Some text, "a" < {b}\n [c](d): <e>\n'
-        )
+        text = TEXTS.get(name, "") + 'Some text, "a" < {b}\n [c](d): <e>\n'
+        assert write(tokenizer, grammar, 1, text).startswith(text)
         for seed in range(20):
             begin = OPENINGS[name] + random.Random(seed).choice(TOOLS).name
             message = parse(format.parser(TOOLS), [write(tokenizer, grammar, seed, begin)])

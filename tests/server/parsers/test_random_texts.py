@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.parsers.base import FunctionTool, OutputParser, ParsedMessage, Vocabulary
+from server.parsers.base import FunctionTool, OutputParser, Vocabulary
 from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS, chain, load_reasoning_format, load_tool_format
-from tests.server.parsers.samples import BEGIN, CALL, CALL_END, END, SEP, parse
+from tests.server.parsers.samples import BEGIN, CALL, CALL_END, END, SEP, ParsedMessage, parse
 
 STRAY = "<|stray|>"
 VOCABULARY = Vocabulary({}, frozenset({STRAY}))
