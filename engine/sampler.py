@@ -29,9 +29,7 @@ _NEGATIVE_INFINITY = float("-inf")
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Token ids, int64 [N], of float32 logits [N, V], which are overwritten."""
-    _apply_biases(logits, batch)
-    _apply_penalties(logits, batch)
-    _apply_masks(logits, batch)
+    edit(logits, batch)
     random = np.flatnonzero(batch.temperature > 0)
     if random.size == 0:
         return _argmax(logits)
@@ -41,6 +39,13 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     rows = to_device(random, logits.device)
     token_ids[rows] = _sample_random(logits[rows], batch, random)
     return token_ids
+
+
+def edit(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """In place, all that comes before the temperature: what is left is for the sampling kernel, where there is one."""
+    _apply_biases(logits, batch)
+    _apply_penalties(logits, batch)
+    _apply_masks(logits, batch)
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
