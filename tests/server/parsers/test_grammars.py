@@ -70,8 +70,10 @@ OPENINGS = {
     "deepseek_v3": f"Hm {BEGIN}{CALL}function{SEP}",
     "deepseek_v31": f"Hm {BEGIN}{CALL}",
     "qwen3_coder": "Hm <tool_call>\n<function=",
+    "pythonic": "[",
     "harmony": f"{HARMONY_THOUGHTS}<|channel|>commentary to=functions.",
 }
+NAME_ENDS = {"pythonic": "("}  # without it a name in brackets is text
 TEXTS = {"harmony": f"{HARMONY_THOUGHTS}<|channel|>final<|message|>"}
 
 
@@ -166,11 +168,13 @@ def test_free_text_with_strict_calls(name: str) -> None:
         text = TEXTS.get(name, "") + 'Some text, "a" < {b}\n [c](d): <e>\n'
         assert write(tokenizer, grammar, 1, text).startswith(text)
         for seed in range(20):
-            begin = OPENINGS[name] + random.Random(seed).choice(TOOLS).name
+            begin = OPENINGS[name] + random.Random(seed).choice(TOOLS).name + NAME_ENDS.get(name, "")
             message = parse(format.parser(TOOLS), [write(tokenizer, grammar, seed, begin)])
             assert message.calls and (parallel or len(message.calls) == 1)
             check_calls(message.calls, set(BY_NAME))
-        assert not follow(grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown"))
+        assert not follow(
+            grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown{NAME_ENDS.get(name, '')}")
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in TOOL_FORMATS if name != "harmony"])
@@ -181,10 +185,12 @@ def test_free_text_where_markers_are_no_tokens(name: str) -> None:
     assert lark is not None
     grammar = compiled(library, lark)
     for seed in range(5):
-        message = parse(format.parser(TOOLS), [write(tokenizer, grammar, seed, OPENINGS[name] + "now")])
+        message = parse(
+            format.parser(TOOLS), [write(tokenizer, grammar, seed, f"{OPENINGS[name]}now{NAME_ENDS.get(name, '')}")]
+        )
         assert message.calls
         check_calls(message.calls, set(BY_NAME))
-    assert not follow(grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown"))
+    assert not follow(grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown{NAME_ENDS.get(name, '')}"))
 
 
 @pytest.mark.parametrize("name", ["hermes", "mistral_args", "qwen3_coder"])

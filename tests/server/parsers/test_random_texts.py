@@ -37,6 +37,7 @@ BITS = {
         "None",
     ],
     "harmony": [*_HARMONY, "commentary to=functions.f", " to=", "assistant", "json"],
+    "pythonic": ["[", "[f(", "f(", "n=1", "x='a'", ")", ", ", "<|python_start|>", "True", "\\u00e9", "'", "(", "]"],
     "think": ["<think>", "</think>"],
     "deepseek_r1": ["<think>", "</think>"],
 }
