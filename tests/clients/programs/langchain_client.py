@@ -67,7 +67,7 @@ def tool_loop(target: Target) -> None:
         streamed = chunk if streamed is None else streamed + chunk
     assert [(each["name"], each["args"]) for each in streamed.tool_calls] == [(call["name"], call["args"])]
     messages += [first, ToolMessage("sunny", tool_call_id=call["id"])]
-    second = model.bind_tools([WEATHER], tool_choice="none").invoke(messages)
+    second = _chat(target, max_tokens=20).bind_tools([WEATHER], tool_choice="none").invoke(messages)
     assert second.content and not second.tool_calls
     named = model.bind_tools([WEATHER], tool_choice="get_weather").invoke(messages[:1])
     check_call(named.tool_calls[0]["name"], named.tool_calls[0]["args"])
