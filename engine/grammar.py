@@ -27,8 +27,8 @@ from engine.tokenizer import Tokenizer
 Words = npt.NDArray[np.int32]
 """A bit a token, 32 tokens a word, the lowest bit first."""
 
-# Work per mask is bounded by these, at some 20 ms in the worst case; so is what a matcher may grow to.
-_LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# These bound the work for one mask, at some 50 ms in the worst case found, and what a matcher may grow to.
+_LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, step_max_items=20_000, verbose_errors=False)
 _MAX_REASON_CHARS = 160
 _SPECIAL_MARK = b"\xff"  # no text begins with it; the library's own way to keep special tokens apart
 

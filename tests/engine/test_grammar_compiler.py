@@ -135,6 +135,32 @@ def test_a_hopeless_grammar_is_refused_and_the_loop_never_stops(compiler: Gramma
     assert longest_pause < 0.5, "compiling held the interpreter"
 
 
+AMBIGUOUS = {
+    "itself twice": 'start: s\ns: s s | "a" | "b" | " " | "x"',
+    "itself three times": 'start: s\ns: s s s | s s | /[a-z]/ | " "',
+    "right recursion over letters": "start: s\ns: /[a-z ]/ s | /[a-z ]/",
+    "letters in many groupings": "start: a*\na: b | b b | b b b\nb: /[a-z ]/ | /[a-z ]/ b",
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_ambiguous_grammar_is_refused_or_fails_before_a_mask_takes_long(compiler: GrammarCompiler, name: str) -> None:
+    try:
+        matcher = compiler.compile(StructuredSpec("lark", AMBIGUOUS[name])).result(timeout=60).start(SamplingParams())
+    except InvalidRequest as error:
+        assert "Too many items" in error.message
+        return
+    token_ids, slowest_s = ascii_tokenizer.encode("ab x"), 0.0
+    for index in range(400):
+        started_s = time.thread_time()
+        made = MaskMaker(1).make({0: matcher})
+        slowest_s = max(slowest_s, time.thread_time() - started_s)
+        if made.errors:
+            break
+        matcher.accept(token_ids[index % 2])
+    assert made.errors and slowest_s < 0.2
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_grammar_is_taken_and_its_masks_are_quick(compiler: GrammarCompiler, name: str) -> None:
     matcher = compiler.compile(LARGE[name]).result(timeout=60).start(SamplingParams())
