@@ -33,6 +33,7 @@ def url() -> Iterator[str]:
         assert process.wait(30) == 0
 
 
+@pytest.mark.timeout(1800)  # whole, with --run-all
 def test_our_document_is_kept(url: str, tmp_path: Path, run_all: bool) -> None:
     if reason := why_missing("schemathesis"):
         pytest.skip(reason)
