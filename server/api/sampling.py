@@ -285,8 +285,8 @@ def output_limit(num_prompt_tokens: int, asked: int | None, default: int | None,
         return left if default is None else min(default, left)
     if asked > left:
         raise ContextLengthExceeded(
-            f"This model's maximum context length is {context} tokens, but the prompt has {num_prompt_tokens} tokens and {asked} "
-            f"of output were asked for, {num_prompt_tokens + asked} in all. Shorten the prompt or lower {param}.",
+            f"This model's maximum context length is {context} tokens, but the prompt has {num_prompt_tokens} tokens and "
+            f"{asked} of output were asked for, {num_prompt_tokens + asked} in all. Shorten the prompt or lower {param}.",
             param=param,
         )
     return asked
