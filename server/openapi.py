@@ -160,8 +160,8 @@ _RESPONSE_LINKS = {
 _REQUEST_ID_PARAMETER = {
     "name": REQUEST_ID_HEADER,
     "in": "header",
-    "description": "An id for the answer's header of this name and the log; one of other characters is replaced.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    "description": "An id for the answer's header of this name: up to 128 of A-Z, a-z, 0-9 and ._:-; any other is replaced.",
+    "schema": {"type": "string"},
 }
 
 

@@ -18,6 +18,7 @@ CHECKS = (
     "content_type_conformance",
     "response_headers_conformance",
     "response_schema_conformance",
+    "negative_data_rejection",
     "unsupported_method",
     "ignored_auth",
 )
@@ -38,7 +39,8 @@ def test_our_document_is_kept(url: str, tmp_path: Path, run_all: bool) -> None:
     if reason := why_missing("schemathesis"):
         pytest.skip(reason)
     phases, examples = ("examples,coverage,fuzzing,stateful", 100) if run_all else ("examples,fuzzing,stateful", 10)
-    command = [str(PYTHON.parent / "schemathesis"), "--no-color", "run", f"{url}/openapi.json"]
+    config = ["--config-file", str(Path(__file__).parent / "schemathesis.toml")]
+    command = [str(PYTHON.parent / "schemathesis"), *config, "--no-color", "run", f"{url}/openapi.json"]
     options = {
         "--seed": SEED,
         "--phases": phases,
