@@ -20,6 +20,7 @@ from harness import (
     scenarios_of,
     serve,
 )
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
@@ -118,6 +119,7 @@ def cancel(target: Target) -> None:
 def bad_request(target: Target) -> None:
     error = expect(openai.BadRequestError, 400, lambda: _chat(target, top_p=7).invoke(CAPITAL))
     assert error.param == "top_p"
+    expect(ContextOverflowError, 400, lambda: _chat(target).invoke("word " * 9000))
 
 
 def not_found(target: Target) -> None:

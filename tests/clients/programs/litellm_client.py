@@ -127,7 +127,9 @@ def bad_request(target: Target) -> None:
     error = expect(litellm.BadRequestError, 400, lambda: litellm.completion(messages=CAPITAL, temperature=9, **_at(target)))
     assert "temperature" in str(error)
     long = [{"role": "user", "content": "word " * 9000}]
-    expect(litellm.BadRequestError, 400, lambda: litellm.completion(messages=long, **_at(target)))
+    expect(litellm.ContextWindowExceededError, 400, lambda: litellm.completion(messages=long, **_at(target)))
+    asked = {"messages": CAPITAL, "max_tokens": 9000}
+    expect(litellm.ContextWindowExceededError, 400, lambda: litellm.completion(**asked, **_at(target)))
 
 
 def not_found(target: Target) -> None:
