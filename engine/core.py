@@ -311,6 +311,8 @@ class EngineCore:
     def close(self) -> None:
         """End what runs beside the loop."""
         self._mask_thread.shutdown()
+        if self._mask_maker is not None:
+            self._mask_maker.close()
         if self._grammars is not None:
             self._grammars.close()
 

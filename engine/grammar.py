@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +29,11 @@ from engine.tokenizer import Tokenizer
 Words = npt.NDArray[np.int32]
 """A bit a token, 32 tokens a word, the lowest bit first."""
 
-# Work per mask is bounded by these, at some 20 ms in the worst case; so is what a matcher may grow to.
-_LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# These bound what a matcher may grow to, and the work for one mask: at half a second, where a grammar is very ambiguous. So
+# a choice has a credit of processor time, too, which every token renews: far more than grammars that are in use take.
+_LIMITS = llguidance.LLParserLimits(max_lexer_states=50_000, step_max_items=20_000, verbose_errors=False)
+_CREDIT_S = 0.25
+_CREDIT_PER_TOKEN_S = 0.005
 _MAX_REASON_CHARS = 160
 _SPECIAL_MARK = b"\xff"  # no text begins with it; the library's own way to keep special tokens apart
 
@@ -138,14 +143,23 @@ class _State:
         self.tokenizer = tokenizer
         self.matcher = matcher
         self._ends_late = ends_late
+        self._credit_s = _CREDIT_S
 
     def accept(self, token_id: int) -> bool:
+        started_s = time.thread_time()
         self.matcher.consume_token(token_id)
+        self._credit_s = min(_CREDIT_S, self._credit_s + _CREDIT_PER_TOKEN_S) - (time.thread_time() - started_s)
         self.check()
         if self.matcher.is_stopped():
             return True
         # A model without an EOS token cannot say that it has finished.
         return not self.tokenizer.eos_token_ids and self.matcher.is_accepting() and not self._may_go_on()
+
+    def fill(self, address: int, num_bytes: int) -> None:
+        """Write the library's mask, of tokens and of ids that are none. `finish` and `check` are to follow."""
+        started_s = time.thread_time()
+        self.matcher.unsafe_compute_mask_ptr(address, num_bytes)
+        self._credit_s -= time.thread_time() - started_s
 
     def _may_go_on(self) -> bool:
         words = np.frombuffer(self.matcher.deep_copy().compute_bitmask(), dtype=np.int32)
@@ -160,6 +174,8 @@ class _State:
     def check(self) -> None:
         if self.matcher.is_error():
             raise RequestFailed(f"the answer's grammar cannot be followed further: {_reason(self.matcher.get_error())}")
+        if self._credit_s < 0:
+            raise RequestFailed("the answer's grammar cannot be followed further: it is too ambiguous, and takes too much time")
 
 
 class _BadWords:
@@ -216,7 +232,8 @@ class MaskMaker:
     """Makes the masks of a step. num_threads: that share its rows; with 1 it is the caller's."""
 
     def __init__(self, num_threads: int) -> None:
-        self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else None
+        self._num_threads = num_threads
+        self._threads = ThreadPoolExecutor(num_threads, "masks") if num_threads > 1 else None
 
     def make(self, matchers: Mapping[int, Matcher]) -> MaskedRows:
         """By row of the step. Other threads run meanwhile, but no other may use these matchers."""
@@ -234,7 +251,7 @@ class MaskMaker:
             return allowed
         tokenizer = next(iter(states.values())).tokenizer
         words = np.empty((len(states), tokenizer.num_words), dtype=np.int32)
-        self._fill([state.matcher for state in states.values()], words)
+        self._fill(list(states.values()), words)
         words &= tokenizer.known
         for (row, state), row_words in zip(states.items(), words, strict=True):
             try:
@@ -244,14 +261,21 @@ class MaskMaker:
                 errors[row] = error
         return allowed
 
-    def _fill(self, matchers: list[llguidance.LLMatcher], words: Words) -> None:
-        address, num_bytes = words.ctypes.data, words.shape[1] * words.itemsize
-        if self._executor is not None and len(matchers) > 1:
-            indexed = [(matcher, index) for index, matcher in enumerate(matchers)]
-            self._executor.unsafe_compute_mask_ptr(indexed, address, num_bytes, len(matchers))
+    def _fill(self, states: list[_State], words: Words) -> None:
+        def fill(first: int) -> None:
+            for index in range(first, len(states), step):
+                states[index].fill(words[index].ctypes.data, words.shape[1] * words.itemsize)
+
+        step = min(self._num_threads, len(states))
+        if self._threads is not None and step > 1:
+            list(self._threads.map(fill, range(step)))
         else:
-            for index, matcher in enumerate(matchers):
-                matcher.unsafe_compute_mask_ptr(address + index * num_bytes, num_bytes)
+            fill(0)
+
+    def close(self) -> None:
+        """End its threads."""
+        if self._threads is not None:
+            self._threads.shutdown()
 
 
 def _source(spec: StructuredSpec) -> str:

@@ -26,7 +26,7 @@ from engine.kernels.sampling import SamplingWorkspace, sample_tokens
 from engine.memory_plan import MAX_GRAPH_TOKENS, graph_batch_sizes, graph_token_counts
 from engine.native_decoder import NativeDecoder
 from engine.pooler import Pooler
-from engine.sampler import LogprobsTensors, compute_logprobs, sample
+from engine.sampler import LogprobsTensors, compute_logprobs, edit, sample
 from engine.sampling_params import SamplingParams
 from engine.split_model import SplitModel
 from engine.step import SCRATCH_BLOCK_ID, HostMasks, NewRow, SchedulerOutput
@@ -268,21 +268,31 @@ class ModelRunner:
         return pending
 
     def _kernel_mode(self, launched: _Launched, masks: HostMasks | None) -> str | None:
-        """The sampling kernel's mode for this step; None where the general path must do it."""
+        """The sampling kernel's mode for this step as it is; None where its logits are edited first, or more is asked for."""
         if self._batch.feed is None or masks is not None:
             return None
         return self._batch.sampling.kernel_mode(np.asarray(launched.slots, dtype=np.int64), launched.positions)
 
     def _sample_by_kernel(self, launched: _Launched, logits: torch.Tensor, mode: str) -> torch.Tensor:
-        num_rows = len(launched.slots)
-        if self._copy_stream is not None:
-            # The step before may still be copying its tokens from the static memory that this one writes.
-            torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
+        """From plain logits: those in static memory by a graph."""
         bucket = launched.bucket
-        if bucket is not None:
-            self._run(("sample", bucket, mode), lambda: self._draw(self._logits[:bucket], bucket, mode))
-        else:
-            self._draw(self._expanded(launched, logits), num_rows, mode)
+        if bucket is None:
+            return self._draw_rows(self._expanded(launched, logits), mode)
+        self._wait_for_token_ids()
+        self._run(("sample", bucket, mode), lambda: self._draw(self._logits[:bucket], bucket, mode))
+        return self._drawn(len(launched.slots))
+
+    def _draw_rows(self, logits: torch.Tensor, mode: str) -> torch.Tensor:
+        self._wait_for_token_ids()
+        self._draw(logits, len(logits), mode)
+        return self._drawn(len(logits))
+
+    def _wait_for_token_ids(self) -> None:
+        """The step before may still be copying its tokens from the static memory that this one writes."""
+        if self._copy_stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._copy_stream)
+
+    def _drawn(self, num_rows: int) -> torch.Tensor:
         token_ids = self._token_ids[:num_rows]
         return token_ids if self._copy_stream is not None else token_ids.clone()
 
@@ -308,10 +318,19 @@ class ModelRunner:
     def _sample_in_general(
         self, launched: _Launched, logits: torch.Tensor, masks: HostMasks | None
     ) -> tuple[torch.Tensor, LogprobsTensors | None, tuple[list[int], list[int]]]:
-        """Tokens; logprobs of the rows that want them; those rows and how many best tokens each wants."""
+        """Tokens; logprobs of the rows that want them; those rows and how many best tokens each wants.
+
+        torch edits the logits, and the sampling kernel draws from them where it knows all that is left to do.
+        """
         logits = self._expanded(launched, logits).float()
-        batch = self._batch.sampling.take(launched.slots, launched.positions, launched.source_rows, masks)
+        sampling, slots = self._batch.sampling, launched.slots
+        batch = sampling.take(slots, launched.positions, launched.source_rows, masks)
         wants = np.flatnonzero(batch.num_logprobs >= 0)
+        if not wants.size and self._batch.feed is not None and (mode := sampling.draw_mode(np.asarray(slots))) is not None:
+            edit(logits, batch)
+            token_ids = self._draw_rows(logits, mode)  # notes the tokens by itself, so nothing large may follow it
+            sampling.add_tokens(slots, token_ids.clamp(min=0))
+            return token_ids, None, ([], [])
         wants_rows = to_device(wants, self._device)
         raw = logits[wants_rows] if wants.size else None  # a copy: sampling overwrites logits
         token_ids = sample(logits, batch)
@@ -319,9 +338,9 @@ class ModelRunner:
         # A bad row's next step, which may be launched before the host knows of it, needs some token that there is.
         real_ids = token_ids.clamp(min=0)
         logprobs = None if raw is None else compute_logprobs(raw, real_ids[wants_rows], int(num_best.max()))
-        self._batch.record(launched.slots, real_ids)
+        self._batch.record(slots, real_ids)
         if self._batch.feed is not None:
-            self._batch.feed.set_output_index(np.asarray(launched.slots), batch.output_index + 1)
+            self._batch.feed.set_output_index(np.asarray(slots), batch.output_index + 1)
         return token_ids, logprobs, (wants.tolist(), num_best.tolist())
 
     @torch.inference_mode()

@@ -33,9 +33,7 @@ _NEGATIVE_INFINITY = float("-inf")
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """Token ids, int64 [N], of float32 logits [N, V], which are overwritten."""
-    _apply_biases(logits, batch)
-    _apply_penalties(logits, batch)
-    _apply_masks(logits, batch)
+    edit(logits, batch)
     token_ids = _argmax(logits)
     is_sound = _soundness(logits, token_ids)
     random = np.flatnonzero(batch.temperature > 0)
@@ -45,6 +43,13 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         rows = to_device(random, logits.device)
         token_ids[rows] = _sample_random(logits[rows], batch, random)
     return token_ids if is_sound is None else torch.where(is_sound, token_ids, BAD_TOKEN)
+
+
+def edit(logits: torch.Tensor, batch: SamplingBatch) -> None:
+    """In place, all that comes before the temperature: what is left is for the sampling kernel, where there is one."""
+    _apply_biases(logits, batch)
+    _apply_penalties(logits, batch)
+    _apply_masks(logits, batch)
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:

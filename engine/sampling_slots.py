@@ -157,11 +157,7 @@ class SamplingSlots:
             self._counts.fill(slot, row.token_ids[: row.num_prompt_tokens], row.token_ids[row.num_prompt_tokens :])
         if self._feed is not None:
             self._needs_host[slot] = (
-                sampling.logprobs is not None
-                or bool(sampling.logit_bias)
-                or sampling.typical_p < 1
-                or slot in self._masks
-                or slot in self._counts
+                sampling.logprobs is not None or bool(sampling.logit_bias) or slot in self._masks or slot in self._counts
             )
             self._feed.set_sampling(
                 slot,
@@ -183,17 +179,24 @@ class SamplingSlots:
         return positions - self._num_prompt_tokens[slots]
 
     def kernel_mode(self, slots: IntArray, positions: IntArray) -> str | None:
-        """Which form of the sampling kernel serves these rows: "greedy", "random" (Gumbel noise), "filtered" (top_k, top_p or
-        min_p too); None where a row needs what only the general path has."""
+        """The form of the sampling kernel (see `draw_mode`) that serves these rows from plain logits; None where a row needs
+        what only the general path has."""
         if self._needs_host[slots].any():
             return None
         if stop_ids := self._masks.stop_ids:
             too_short = self.output_index(slots, positions) < self._min_tokens[slots]
             if any(slot in stop_ids for slot in slots[too_short].tolist()):
                 return None
+        return self.draw_mode(slots)
+
+    def draw_mode(self, slots: IntArray) -> str | None:
+        """Which form of the sampling kernel draws for these rows once their logits are edited: "greedy", "random" (Gumbel
+        noise), "filtered" (top_k, top_p or min_p too); None for typical_p, which it does not know."""
         is_random = self._floats["temperature"][slots] > 0
         if not is_random.any():
             return "greedy"
+        if (is_random & (self._floats["typical_p"][slots] < 1)).any():
+            return None
         top_k, top_p, min_p = self._top_k[slots], self._floats["top_p"][slots], self._floats["min_p"][slots]
         return "filtered" if (is_random & ((top_k > 0) | (top_p < 1) | (min_p > 0))).any() else "random"
 

@@ -76,13 +76,14 @@ _GENERATES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 class Operation:
     """One method of one path.
 
-    answer: the struct of status 200, or the media type of one that is no JSON. events: the structs of a stream's events, which
-    ends with `[DONE]` where `done`. errors: statuses that have an Error. also: statuses that have the answer's body too.
+    answer: the struct of status 200, the media type of one that is no JSON, or None where there is never a 200. events: the
+    structs of a stream's events, which ends with `[DONE]` where `done`. errors: statuses that have an Error. also: statuses
+    that have the answer's body too.
     """
 
     id: str
     summary: str
-    answer: type[msgspec.Struct] | str
+    answer: type[msgspec.Struct] | str | None
     request: type[BaseModel] | None = None
     events: tuple[type[msgspec.Struct], ...] = ()
     done: bool = True
@@ -121,7 +122,7 @@ OPERATIONS: dict[str, Operation] = {
         "deleteResponse", "Forget a stored response", DeletedResponse, errors=(401, 403, 404)
     ),
     "POST /v1/responses/{response_id}/cancel": Operation(
-        "cancelResponse", "Refused: no response runs in the background", ResponseObject, errors=(400, 401, 403, 404)
+        "cancelResponse", "Refused: no response runs in the background", None, errors=(400, 401, 403, 404)
     ),
     "GET /v1/responses/{response_id}/input_items": Operation(
         "listInputItems", "List what a stored response was made from", ItemList, errors=(400, 401, 403, 404)
@@ -167,8 +168,8 @@ _RESPONSE_LINKS = {
 }
 _PARAMETERS: dict[str, dict[str, Any]] = {
     REQUEST_ID_HEADER: {
-        "description": "An id for the answer's header of this name and the log; one of other characters is replaced.",
-        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+        "description": "An id for the header of this name: up to 128 of A-Z, a-z, 0-9 and ._:-; any other is replaced.",
+        "schema": {"type": "string"},
     },
     TIMEOUT_HEADER: {
         "description": "`timeout`, for clients that cannot add fields; the field is stronger.",
@@ -225,7 +226,7 @@ def _complete(operation: dict[str, Any], known: Operation) -> None:
         operation["requestBody"] = {"required": True, "content": content}
     good = _answer(known)
     operation["responses"] = {
-        "200": {"description": "The answer.", **good},
+        **({} if known.answer is None else {"200": {"description": "The answer.", **good}}),
         **{str(status): {"description": _STATUS_TEXT[status], **good} for status in known.also},
         **{str(status): {"$ref": f"#/components/responses/{status}"} for status in known.errors},
     }
@@ -235,9 +236,10 @@ def _complete(operation: dict[str, Any], known: Operation) -> None:
 
 def _answer(known: Operation) -> dict[str, Any]:
     names = (REQUEST_ID_HEADER, IGNORED_FIELDS_HEADER) if known.request else (REQUEST_ID_HEADER,)
+    content: dict[str, Any] = {}
     if isinstance(known.answer, str):
-        content: dict[str, Any] = {known.answer: {"schema": {"type": "string"}}}
-    else:
+        content = {known.answer: {"schema": {"type": "string"}}}
+    elif known.answer is not None:
         content = {"application/json": {"schema": {"$ref": _REF.format(known.answer.__name__)}, **_example(known.id)}}
     if known.events:
         content["text/event-stream"] = _stream(known)
@@ -276,7 +278,7 @@ def _error(status: int) -> dict[str, Any]:
 def schemas(operations: Iterable[Operation]) -> dict[str, Any]:
     """Name -> JSON schema of every type that the operations name, and of the types in those."""
     known = list(operations)
-    structs = {cls for operation in known for cls in (operation.answer, *operation.events) if not isinstance(cls, str)}
+    structs = {cls for operation in known for cls in (operation.answer, *operation.events) if isinstance(cls, type)}
     _, found = msgspec.json.schema_components(sorted(structs, key=lambda cls: cls.__name__), ref_template=_REF.format("{name}"))
     for request in {operation.request for operation in known if operation.request is not None}:
         definition = request.model_json_schema(ref_template=_REF.format("{model}"))

@@ -7,6 +7,7 @@ import errno
 import gc
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -188,7 +189,8 @@ class _Service:
         curl = curl_command(self._client, self._config, self._base_url)
         scope = " (this machine only; --host 0.0.0.0 lets others in)" if self._config.host == "127.0.0.1" else ""
         where = "" if self._base_url == DEFAULT_URL else f" --url {self._base_url}"
-        chat = f"octavo chat{where}, or: " if self._client.tokenizer.has_chat_template else ""
+        command = "octavo" if shutil.which("octavo") else sys.argv[0]  # a checkout's is not on everybody's PATH
+        chat = f"{command} chat{where}, or: " if self._client.tokenizer.has_chat_template else ""
         line = f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {chat}{curl}"
         print(line, file=sys.stderr, flush=True)
 

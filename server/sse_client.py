@@ -8,7 +8,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class EventParser:
     """Bytes in, cut anywhere; the data of events out.
 
-    Names, ids and comments are passed over: OpenAI's events say everything in their data. Lines may end in LF, CRLF or CR; several `data` lines make one event, joined by LF.
+    Names, ids and comments are passed over: OpenAI's events say everything in their data. Lines may end in LF, CRLF or CR;
+    several `data` lines make one event, joined by LF.
     """
 
     def __init__(self) -> None:

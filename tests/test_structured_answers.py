@@ -153,7 +153,7 @@ def test_a_bad_or_hopeless_form_is_a_400_and_others_go_on_meanwhile(client: open
         with pytest.raises(openai.BadRequestError, match="cannot be"):
             client.completions.create(model="demo", prompt="x", extra_body={"structured_outputs": outputs})
     other.join()
-    assert len(chunks) >= 60
+    assert chunks[-1].choices[0].finish_reason == "length" and len(chunks) > 20
 
 
 def test_a_stop_string_and_logprobs_work_within_a_form(client: openai.OpenAI) -> None:

@@ -131,8 +131,8 @@ def _check_lengths(inputs: list[list[int]], ready: EngineReady) -> None:
         if len(token_ids) > ready.max_model_len:
             name = "input" if len(inputs) == 1 else f"input[{index}]"
             raise ContextLengthExceeded(
-                f"The model's context is {ready.max_model_len} tokens, but {name} has {len(token_ids)}. Shorten it, or have it "
-                "cut with truncate_prompt_tokens: -1.",
+                f"The prompt is too long: this model's maximum context length is {ready.max_model_len} tokens, but {name} has "
+                f"{len(token_ids)} tokens. Shorten it, or have it cut with truncate_prompt_tokens: -1.",
                 param="input",
             )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, ValidationError, WithJsonSchema
 
@@ -29,8 +29,24 @@ Text = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _TEXT_PARTS]
 _Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 
 
+class GivenPart(RequestBody):
+    """A text of an item; what it must be depends on the item."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
+
+    type: Literal["input_text", "output_text", "refusal", "reasoning_text"]
+    text: Any = None
+    refusal: Any = None
+
+
+_PART_TYPES = ("input_text", "output_text", "refusal", "reasoning_text")
+
+
 class _GivenItem(RequestBody):
     """id, status: as an answer of ours had them; an item without an id gets one."""
+
+    # Of calls by programs, which there are none here.
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"async", "caller", "namespace"})
 
     id: str | None = Field(default=None, max_length=256)
     status: _Status = "completed"
@@ -39,10 +55,11 @@ class _GivenItem(RequestBody):
 class GivenMessage(_GivenItem):
     """content: a string, or text parts (input_text; output_text and refusal in what the assistant said)."""
 
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = _GivenItem.WITHOUT_EFFECT | {"phase"}
+
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Text
-    phase: str | None = None
 
 
 class GivenFunctionCall(_GivenItem):
@@ -65,10 +82,10 @@ class GivenFunctionCallOutput(_GivenItem):
 class GivenReasoning(_GivenItem):
     """Thoughts of an earlier turn. Of summary and encrypted_content no use is made: the text stands in content."""
 
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = _GivenItem.WITHOUT_EFFECT | {"encrypted_content", "summary"}
+
     type: Literal["reasoning"]
-    summary: list[Any] = []
     content: list[Any] = []
-    encrypted_content: str | None = None
 
 
 class GivenReference(RequestBody):
@@ -111,9 +128,18 @@ def _parse_item(value: object, where: str) -> GivenItem:
             code="unsupported_content",
         )
     try:
-        return item_type.model_validate(without_nulls(value))
+        return item_type.model_validate({name: _with_parts(field) for name, field in without_nulls(value).items()})
     except ValidationError as error:
         raise invalid_request(error, where) from None
+
+
+def _with_parts(field: object) -> object:
+    """A content's parts as GivenPart, so that what is unknown in them is found; whatever is none stays, to be refused."""
+    if not isinstance(field, list):
+        return field
+    return [
+        GivenPart.model_validate(part) if isinstance(part, dict) and part.get("type") in _PART_TYPES else part for part in field
+    ]
 
 
 def to_items(given: str | Sequence[GivenItem], find: Callable[[str], Item | None]) -> list[Item]:
@@ -165,7 +191,7 @@ def _texts(
         raise InvalidRequest(f"{where} must be a string or an array of text parts, got {json_type(content)}.", param=where)
     texts = []
     for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
+        kind = part.type if isinstance(part, GivenPart) else None
         field = "refusal" if is_answer and kind == "refusal" else "text"
         if kind not in kinds and field == "text":
             raise InvalidRequest(
@@ -173,9 +199,10 @@ def _texts(
                 param=f"{where}[{index}]",
                 code="unsupported_content",
             )
-        if not isinstance(part.get(field), str):
+        text = getattr(part, field)
+        if not isinstance(text, str):
             raise InvalidRequest(f"{where}[{index}].{field} must be a string.", param=f"{where}[{index}].{field}")
-        texts.append(part[field])
+        texts.append(text)
     return texts
 
 

@@ -275,13 +275,19 @@ def output_limit(num_prompt_tokens: int, asked: int | None, default: int | None,
     left = context - num_prompt_tokens
     if asked is not None and asked < 0:
         raise InvalidRequest(f"{param} must be at least 0, got {asked}.", param=param)
-    if asked is None and left >= 1:
-        return left if default is None else min(default, left)
-    if asked is None or asked > left:
-        wanted = "at least 1 token" if asked is None else f"{asked} tokens"
+    # Clients know a full context by these words: "maximum context length is" and "prompt is too long".
+    if left < (0 if asked == 0 else 1):
         raise ContextLengthExceeded(
-            f"The model's context is {context} tokens, but the prompt has {num_prompt_tokens} tokens and {wanted} of output "
-            f"were asked for, {num_prompt_tokens + (asked or 1)} in all. Shorten the prompt or lower {param}.",
+            f"The prompt is too long: this model's maximum context length is {context} tokens, and the prompt has "
+            f"{num_prompt_tokens}. Shorten the prompt.",
+            param=param,
+        )
+    if asked is None:
+        return left if default is None else min(default, left)
+    if asked > left:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context} tokens, but the prompt has {num_prompt_tokens} tokens and "
+            f"{asked} of output were asked for, {num_prompt_tokens + asked} in all. Shorten the prompt or lower {param}.",
             param=param,
         )
     return asked

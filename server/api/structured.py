@@ -26,10 +26,11 @@ SchemaOrText = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"ty
 
 
 class JsonSchemaFormat(RequestBody):
-    """`strict` or not, the answer follows the schema. description: for the model's eyes; it has no effect here."""
+    """`strict` or not, the answer follows the schema."""
+
+    WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset({"description"})
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 

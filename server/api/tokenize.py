@@ -87,7 +87,10 @@ def router(state: ServerState) -> APIRouter:
             headers = _joined(headers, more)
         else:
             token_ids = await unless_disconnected(request.receive, _tokenize_prompt(state, body, data))
-        texts = [state.client.tokenizer.vocabulary_text(id_) for id_ in token_ids] if body.return_token_strs else None
+        texts = None
+        if body.return_token_strs:
+            write = state.client.tokenizer.vocabulary_text
+            texts = await in_thread_if_long(len(token_ids), lambda: list(map(write, token_ids)))
         answer = TokenizeAnswer(len(token_ids), ready.max_model_len, token_ids, texts)
         return Response(msgspec.json.encode(answer), headers=headers, media_type="application/json")
 

@@ -13,7 +13,7 @@ text was split, so an answer that is not streamed is the same parser fed at once
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -46,31 +46,6 @@ class CallArguments(msgspec.Struct, frozen=True):
 
 
 Part = Content | Reasoning | CallStart | CallArguments
-
-
-class ParsedCall(msgspec.Struct):
-    name: str
-    arguments: str = ""
-
-
-class ParsedMessage(msgspec.Struct):
-    """The parts of a message, joined."""
-
-    content: str = ""
-    reasoning: str = ""
-    calls: list[ParsedCall] = []
-
-    def add(self, parts: Iterable[Part]) -> None:
-        for part in parts:
-            match part:
-                case Content(text):
-                    self.content += text
-                case Reasoning(text):
-                    self.reasoning += text
-                case CallStart(_, name):
-                    self.calls.append(ParsedCall(name))
-                case CallArguments(_, text):
-                    self.calls[-1].arguments += text
 
 
 class OutputParser(Protocol):

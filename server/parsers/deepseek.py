@@ -41,7 +41,8 @@ class DeepSeekV3Format:
         return f"start: {self._marker(_CALLS)} body\n" + self._rules(tools, parallel=parallel)
 
     def lazy_grammar(self, tools: Sequence[FunctionTool], *, parallel: bool) -> str:
-        return lark.free_text(self._vocabulary, _CALLS, "body", parallel=False) + self._rules(tools, parallel=parallel)
+        rules = self._rules(tools, parallel=parallel)
+        return lark.free_text(self._vocabulary, _CALLS, "body", parallel=False, never=_CALL) + rules
 
     def new_call_id(self) -> str:
         return f"call_{secrets.token_hex(12)}"

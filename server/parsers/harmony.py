@@ -20,6 +20,7 @@ from server.parsers.tape import Broken, Reading, Tape, TapeParser, read_attempt,
 _START, _CHANNEL, _MESSAGE, _CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 _END, _CALL, _RETURN = "<|end|>", "<|call|>", "<|return|>"
 _MARKERS = frozenset({_START, _CHANNEL, _MESSAGE, _CONSTRAIN, _END, _CALL, _RETURN})
+_MAX_MESSAGES = 16  # before the last one of a constrained turn
 _RECIPIENT, _FUNCTIONS = "to=", "functions."
 
 
@@ -36,20 +37,30 @@ class HarmonyFormat:
         return TapeParser(lambda tape: _read_turn(tape, self._markers, with_calls=True))
 
     def forced_grammar(self, tools: Sequence[FunctionTool], *, parallel: bool) -> str:
-        channel, constrain, message = (lark.marker(self._vocabulary, text) for text in (_CHANNEL, _CONSTRAIN, _MESSAGE))
+        return "start: call\n" + self._calls(tools)
+
+    def lazy_grammar(self, tools: Sequence[FunctionTool], *, parallel: bool) -> str | None:
+        """A turn of messages, the last of which may be a call. None where the tokenizer lacks the format's tokens."""
+        if not _MARKERS - {_RETURN, _CALL} <= self._vocabulary.added_tokens.keys():
+            return None
+        channel, message, end, start = map(self._marker, (_CHANNEL, _MESSAGE, _END, _START))
+        before = f'({channel} ("analysis" | "commentary") {message} ANY {end} {start} "assistant"){{0,{_MAX_MESSAGES}}}'
+        return f'start: {before} ({channel} "final" {message} ANY | call)\n{lark.ANY_TEXT}' + self._calls(tools)
+
+    def new_call_id(self) -> str:
+        return f"call_{secrets.token_hex(12)}"
+
+    def _marker(self, text: str) -> str:
+        return lark.marker(self._vocabulary, text)
+
+    def _calls(self, tools: Sequence[FunctionTool]) -> str:
+        channel, constrain, message = map(self._marker, (_CHANNEL, _CONSTRAIN, _MESSAGE))
 
         def write(tool: FunctionTool, arguments: str) -> str:
             header = lark.quoted(f"commentary {_RECIPIENT}{_FUNCTIONS}{tool.name} ")
             return f'{channel} {header} {constrain} "json" {message} {arguments}'
 
-        return "start: call\n" + lark.calls(tools, write)
-
-    def lazy_grammar(self, tools: Sequence[FunctionTool], *, parallel: bool) -> None:
-        """A call may be announced in several places of a header, so there is no one marker to wait for."""
-        return None
-
-    def new_call_id(self) -> str:
-        return f"call_{secrets.token_hex(12)}"
+        return lark.calls(tools, write)
 
 
 class HarmonyReasoningFormat:

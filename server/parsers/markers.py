@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -23,6 +24,12 @@ class Markers:
         self._pattern = re.compile("|".join(map(re.escape, known)) or r"(?!)")
         self._beginnings = frozenset(marker[:end] for marker in known for end in range(1, len(marker)))
         self._longest_beginning = max(map(len, known), default=1) - 1
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def of(cls, markers: frozenset[str]) -> Markers:
+        """The same for the same set: every answer looks for its format's."""
+        return cls(markers)
 
     def find(self, text: str, start: int, *, is_final: bool) -> Found:
         """The first marker from `start` on that no further text can change; is_final: no further text comes."""

@@ -17,6 +17,7 @@ TOOL_FORMATS = {
     "deepseek_v31": "server.parsers.deepseek:DeepSeekV31Format",
     "qwen3_coder": "server.parsers.qwen3_coder:Qwen3CoderFormat",
     "harmony": "server.parsers.harmony:HarmonyFormat",
+    "pythonic": "server.parsers.pythonic:PythonicFormat",
 }
 REASONING_FORMATS = {
     "think": "server.parsers.think:ThinkFormat",
@@ -34,8 +35,10 @@ _TOOL_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("mistral", ("[TOOL_CALLS]",)),
     ("qwen3_coder", ("<function=",)),
     ("hermes", ("<tool_call>",)),
+    ("pythonic", ("[func_name1(",)),
     ("llama3_json", ("<|python_tag|>",)),
     ("llama3_json", ("<|start_header_id|>", '"parameters"')),
+    ("llama3_json", ("<|header_start|>", '"parameters"')),
 )
 _REASONING_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", ("<|channel|>",)),

@@ -231,7 +231,7 @@ def read_calls(tape: Tape, openings: Mapping[str, Callable[[Tape], Reading[None]
     `tape.attempt()` between calls, so that what was read of a further one that breaks becomes content. dropped: markers and
     special tokens that are never content.
     """
-    markers = Markers({*openings, *dropped})
+    markers = Markers.of(dropped.union(openings))
     while (marker := (yield from read_to_marker(tape, markers))) is not None:
         if marker in openings:
             yield from read_attempt(tape, openings[marker], "" if marker in dropped else marker)

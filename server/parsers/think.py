@@ -9,7 +9,7 @@ from __future__ import annotations
 from server.parsers import lark
 from server.parsers.base import Content, OutputParser, Reasoning, Vocabulary
 from server.parsers.markers import Markers
-from server.parsers.tape import Reading, Tape, TapeParser, read_to_marker
+from server.parsers.tape import Kind, Reading, Tape, TapeParser, read_to_marker
 
 
 class ThinkFormat:
@@ -28,26 +28,27 @@ class ThinkFormat:
         return TapeParser(lambda tape: self._read(tape, is_open, before_tools))
 
     def grammar(self, answer: str, *, is_open: bool, is_call: bool = False) -> str:
+        first = "section" if is_open else f"({lark.marker(self._vocabulary, self.opening)} section)?"
+        rules = f'start: {first} answer\nsection: thoughts LINE_BREAKS\nLINE_BREAKS: "\\n"{{0,2}}\n'
         thoughts = lark.text_to(self._vocabulary, "thoughts", self.closing)
-        opened = "thoughts" if is_open else f"({lark.marker(self._vocabulary, self.opening)} thoughts)?"
-        rules = f"start: {opened} LINE_BREAKS answer\n" if is_open else f"start: ({opened[:-1]} LINE_BREAKS)? answer\n"
-        return rules + 'LINE_BREAKS: "\\n"{0,2}\n' + thoughts + lark.ANY_TEXT + lark.nested("answer", answer)
+        return rules + thoughts + lark.ANY_TEXT + lark.nested("answer", answer)
 
     def _read(self, tape: Tape, is_open: bool, before_tools: bool) -> Reading[None]:
-        shown = frozenset() if before_tools else self._dropped
-        if not is_open and not (yield from self._read_to(tape, self.opening, {self.opening, self.closing, *shown}, Content)):
+        dropped = frozenset() if before_tools else self._dropped
+        around = dropped.union((self.opening, self.closing))
+        if not is_open and not (yield from self._read_to(tape, self.opening, around, Content)):
             return
         if (yield from tape.peek()) == self.opening[0]:
             yield from tape.take(self.opening)  # once more, after the template's
-        if not (yield from self._read_to(tape, self.closing, {self.closing, *self._dropped}, Reasoning)):
+        if not (yield from self._read_to(tape, self.closing, self._dropped.union((self.closing,)), Reasoning)):
             return
         tape.pass_marker()
-        yield from self._read_to(tape, None, shown, Content)
+        yield from self._read_to(tape, None, dropped, Content)
 
     @staticmethod
-    def _read_to(tape: Tape, marker: str | None, markers: set[str] | frozenset[str], kind: type) -> Reading[bool]:
+    def _read_to(tape: Tape, marker: str | None, markers: frozenset[str], kind: Kind) -> Reading[bool]:
         """Text up to `marker`; False where the end comes first. The other markers are dropped."""
-        known = Markers(markers)
+        known = Markers.of(markers)
         found = yield from read_to_marker(tape, known, kind)
         while found is not None and found != marker:
             found = yield from read_to_marker(tape, known, kind)

@@ -19,7 +19,7 @@ from tests.test_server_with_demo_model import Server, free_port, start_server
 KEY = "a-key"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model in float32, so that greedy answers are those known."""
     log = tmp_path_factory.mktemp("clients") / "server.log"
@@ -38,7 +38,7 @@ class FullServer:
     model: str = "tiny"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FullServer]:
     port = free_port()
     flags = ["tiny", "--port", str(port), "--api-key", KEY, "--max-open-requests", "1"]
@@ -68,7 +68,7 @@ def _wait_until_up(process: subprocess.Popen[bytes], url: str) -> None:
     raise AssertionError(f"the server is not up; exit code {process.poll()}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def worker_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Worker]]:
     """The worker of a program; skips the test where it cannot run."""
     workers: dict[str, Worker] = {}

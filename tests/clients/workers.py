@@ -18,7 +18,8 @@ TIMEOUT_S = 100
 
 # Nothing is fetched while tests run: whatever tries meets a closed port, at once.
 _NOWHERE = "http://127.0.0.1:9"
-_ENVIRONMENT = {
+ENVIRONMENT = {
+    **os.environ,
     **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), _NOWHERE),
     **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -71,6 +72,6 @@ class Worker:
         if self._process is None:
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
-                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env={**os.environ, **_ENVIRONMENT}
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=ENVIRONMENT
                 )
         return self._process

@@ -38,7 +38,7 @@ def test_greedy_tokens_equal_generates(name: str, tmp_path: Path, run_all: bool)
 def test_restricted_tokens_and_embeddings_one_step_ahead(tmp_path: Path):
     reference = load_reference(tiny_models.build("llama", tmp_path))
     prompts = [reference.prompt(5, seed=5)]
-    engine = device_harness.build(tmp_path, CPU, torch.float32, budget=12, max_num_seqs=2, blocks=12, max_model_len=168)
+    engine = device_harness.build(tmp_path, CPU, torch.float32, budget=12, max_num_seqs=2, blocks=10, max_model_len=96)
     restricted_requests.check_schemas_among_free_text(engine, tmp_path, prompts, restricted_requests.NAMES, num_free=2)
     restricted_requests.check_embeddings(engine, reference.model, [reference.prompt(17, seed=7)], 1e-5)
     engine.core.close()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from engine import grammar_compiler
-from engine.errors import EngineUnavailable, InvalidRequest
+from engine.errors import EngineUnavailable, InvalidRequest, RequestFailed
 from engine.grammar import MaskMaker
 from engine.grammar_compiler import GrammarCompiler, GrammarSetup
 from engine.sampling_params import SamplingParams, StructuredSpec
@@ -133,6 +133,33 @@ def test_a_hopeless_grammar_is_refused_and_the_loop_never_stops(compiler: Gramma
         longest_pause, last = max(longest_pause, now - last), now
     assert isinstance(future.exception(timeout=0), InvalidRequest)
     assert longest_pause < 0.5, "compiling held the interpreter"
+
+
+AMBIGUOUS = {
+    "itself twice": 'start: s\ns: s s | "a" | "b" | " " | "x"',
+    "itself three times": 'start: s\ns: s s s | s s | /[a-z]/ | " "',
+    "right recursion over letters": "start: s\ns: /[a-z ]/ s | /[a-z ]/",
+    "letters in many groupings": "start: a*\na: b | b b | b b b\nb: /[a-z ]/ | /[a-z ]/ b",
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_ambiguous_grammar_is_refused_or_fails_before_a_mask_takes_long(compiler: GrammarCompiler, name: str) -> None:
+    try:
+        matcher = compiler.compile(StructuredSpec("lark", AMBIGUOUS[name])).result(timeout=60).start(SamplingParams())
+    except InvalidRequest as error:
+        assert "Too many items" in error.message
+        return
+    token_ids, times_s = ascii_tokenizer.encode("ab x"), list[float]()
+    with pytest.raises(RequestFailed, match=r"Too many items|Current row has|too ambiguous"):
+        for index in range(2000):
+            started_s = time.thread_time()
+            made = MaskMaker(1).make({0: matcher})
+            for error in made.errors.values():
+                raise error
+            matcher.accept(token_ids[index % 2])
+            times_s.append(time.thread_time() - started_s)
+    assert max(times_s) < 0.2 and sum(times_s) < 0.4 + 0.006 * len(times_s)
 
 
 @pytest.mark.parametrize("name", LARGE)

@@ -182,6 +182,7 @@ def test_masks_of_slots_and_host_reach_the_batch() -> None:
         ({"min_p": 0.1}, "filtered"),
         ({"bad_words": ((3, 4),)}, "random"),  # depends on the tokens before: the host says in which step
         ({"typical_p": 0.9}, None),
+        ({"allowed_token_ids": (3,), "typical_p": 0.9}, None),
         ({"allowed_token_ids": (3,)}, None),
         ({"bad_words": ((3,),)}, None),
         ({"logit_bias": {3: 1.0}}, None),
@@ -190,11 +191,13 @@ def test_masks_of_slots_and_host_reach_the_batch() -> None:
         ({"min_tokens": 2, "row_stop_token_ids": (5,)}, None),
     ],
 )
-def test_the_sampling_kernel_serves_what_it_knows(sampling: dict[str, Any], mode: str | None) -> None:
+def test_the_sampling_kernel_serves_plain_logits(sampling: dict[str, Any], mode: str | None) -> None:
     batch = make_batch(on_device=True)
     batch.apply(step_of([], new_rows=[row_of(1, [1, 2], [[1]], temperature=0.0), row_of(3, [1, 2], [[1]], **sampling)]))
     assert batch.sampling.kernel_mode(np.array([1, 3]), np.array([2, 2])) == mode
     assert batch.sampling.kernel_mode(np.array([1]), np.array([2])) == "greedy"
+    drawn_by = None if "typical_p" in sampling else mode or "random"
+    assert batch.sampling.draw_mode(np.array([1, 3])) == drawn_by, "once the logits are edited"
     batch.apply(step_of([], freed_slots=[3], new_rows=[row_of(3, [1, 2], [[1]])]))
     assert batch.sampling.kernel_mode(np.array([1, 3]), np.array([2, 2])) == "random", "a slot keeps nothing"
 

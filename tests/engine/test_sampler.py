@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.philox import log_exponential, philox4x32, token_noise, token_noise_on_host
-from engine.sampler import NOISE_RANGE, compute_logprobs, gumbel_argmax_dense, gumbel_argmax_pruned, sample
+from engine.sampler import NOISE_RANGE, compute_logprobs, edit, gumbel_argmax_dense, gumbel_argmax_pruned, sample
 from engine.sampling_slots import PenaltyRows, SamplingBatch
 from engine.step import BAD_TOKEN
 
@@ -374,6 +374,45 @@ def test_banned_and_allowed_tokens() -> None:
     assert tokens == [60, 6, 32]
     many = draw(torch.zeros(1, VOCAB), 200, allowed=dict.fromkeys(range(200), allowed))
     assert set(many) == {4, 32}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, for the interpreter: the kernel looks past it
+@pytest.mark.parametrize("mode", ["greedy", "random", "filtered"])
+def test_the_sampling_kernel_draws_the_same_from_edited_logits(mode: str) -> None:
+    """Rows with masks, of which one leaves a single token, beside rows without; on a CPU in the interpreter."""
+    pytest.importorskip("triton")
+    from engine.kernels.sampling import SamplingColumns, SamplingWorkspace, sample_tokens
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, vocab = 12, 1500
+    logits = random_logits(rows, vocab, 3.0, seed=4)
+    columns = crowd_columns(rows) | {"typical_p": np.ones(rows)}
+    if mode == "greedy":
+        columns["temperature"] = np.zeros(rows)
+    if mode != "filtered":
+        columns |= {"top_k": np.zeros(rows), "top_p": np.ones(rows), "min_p": np.zeros(rows)}
+    one_token = np.zeros(-(-vocab // 32), dtype=np.int32)
+    one_token[30] = 1 << 7
+    few = np.zeros_like(one_token)
+    few[[3, 40]] = -1
+    masks = {"allowed": {1: one_token, 4: few, 5: few}, "banned": [(7, logits[7].topk(40).indices.numpy())]}
+    biases = [(9, np.array([11, 12]), np.array([50.0, -50.0], dtype=np.float32))]
+    batch = batch_of(rows, **columns, **masks, biases=biases)
+    expected = sample(logits.to(device).clone(), batch).tolist()
+    assert expected[1] == 30 * 32 + 7
+
+    edited = logits.to(device).clone()
+    edit(edited, batch)
+    on_device = SamplingColumns.create(rows, device)
+    for name in ("temperature", "top_k", "top_p", "min_p", "output_index"):
+        column = getattr(on_device, name)
+        column.copy_(torch.from_numpy(getattr(batch, name)))
+    on_device.seed.copy_(torch.from_numpy(batch.seed.view(np.int64)))
+    drawn, last = torch.zeros(2, rows, dtype=torch.int64, device=device)
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    workspace = SamplingWorkspace.create(rows, vocab, device)
+    sample_tokens(edited, slots, on_device, drawn, last, workspace=workspace, mode=mode)
+    assert drawn.tolist() == last.tolist() == expected
 
 
 def test_logprobs() -> None:

@@ -110,3 +110,36 @@ def test_cpu_kernels_are_compiled_and_never_fail_an_install(checkout: Path, comp
     assert (run.returncode, run.stdout) == (0, ""), run.stderr
     assert f"Compiled in {checkout}\n" in run.stderr
     assert (checkout / ".venv" / "installed").exists()
+
+
+@pytest.mark.parametrize("has_node", [True, False])
+def test_clients_have_an_environment_of_their_own(checkout: Path, has_node: bool) -> None:
+    clients = checkout / "tests" / "clients"
+    shutil.copytree(ROOT / "tests" / "clients" / "node", clients / "node", ignore=shutil.ignore_patterns("node_modules"))
+    shutil.copy(ROOT / "tests" / "clients" / "requirements.txt", clients)
+    tools = checkout / "tools"
+    tools.mkdir()
+    for name, script in (("node", f"exit {0 if has_node else 1}"), ("npm", 'echo "npm $*" >&2')):
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    python = checkout / ".venv-clients" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$*" in "-m pip "*) echo "pip $*" >&2 ;; *) exec "{sys.executable}" "$@" ;; esac\n')
+    python.chmod(0o755)
+
+    def run() -> str:
+        return subprocess.run(
+            [str(checkout / "scripts" / "install"), "--clients"],
+            env={"PATH": f"{tools}:/usr/bin:/bin", "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        ).stderr
+
+    said = run()
+    assert "requirements.txt" in said and "torch" not in said
+    assert ("npm ci --ignore-scripts" in said) == has_node
+    assert ("No Node 20 or later with npm here" in said) != has_node
+    assert run() == "", "a second call returns at once"
+    assert not (checkout / ".venv").exists()

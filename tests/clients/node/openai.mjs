@@ -103,7 +103,7 @@ const SCENARIOS = {
     const streamed = await client.chat.completions.stream({ ...asked, messages: QUESTION, tool_choice: named }).finalChatCompletion();
     checkCall(streamed.choices[0].message.tool_calls[0].function.name, streamed.choices[0].message.tool_calls[0].function.arguments);
     const messages = [...QUESTION, message, { role: "tool", tool_call_id: call.id, content: "sunny" }];
-    const second = await client.chat.completions.create({ ...asked, messages, tool_choice: "none" });
+    const second = await client.chat.completions.create({ ...asked, messages, tool_choice: "none", max_completion_tokens: 20 });
     assert.ok(second.choices[0].message.content);
   },
 
@@ -136,7 +136,7 @@ const SCENARIOS = {
     const call = called.output.find(item => item.type === "function_call");
     checkCall(call.name, call.arguments);
     const input = [{ type: "function_call_output", call_id: call.call_id, output: "sunny" }];
-    assert.ok((await client.responses.create({ ...asked, input, previous_response_id: called.id })).output_text);
+    assert.ok((await client.responses.create({ ...asked, input, previous_response_id: called.id, max_output_tokens: 20 })).output_text);
   },
 
   async responses_stream(target) {

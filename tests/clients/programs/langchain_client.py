@@ -20,6 +20,7 @@ from harness import (
     scenarios_of,
     serve,
 )
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessageChunk, HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
@@ -67,7 +68,7 @@ def tool_loop(target: Target) -> None:
         streamed = chunk if streamed is None else streamed + chunk
     assert [(each["name"], each["args"]) for each in streamed.tool_calls] == [(call["name"], call["args"])]
     messages += [first, ToolMessage("sunny", tool_call_id=call["id"])]
-    second = model.bind_tools([WEATHER], tool_choice="none").invoke(messages)
+    second = _chat(target, max_tokens=20).bind_tools([WEATHER], tool_choice="none").invoke(messages)
     assert second.content and not second.tool_calls
     named = model.bind_tools([WEATHER], tool_choice="get_weather").invoke(messages[:1])
     check_call(named.tool_calls[0]["name"], named.tool_calls[0]["args"])
@@ -118,6 +119,7 @@ def cancel(target: Target) -> None:
 def bad_request(target: Target) -> None:
     error = expect(openai.BadRequestError, 400, lambda: _chat(target, top_p=7).invoke(CAPITAL))
     assert error.param == "top_p"
+    expect(ContextOverflowError, 400, lambda: _chat(target).invoke("word " * 9000))
 
 
 def not_found(target: Target) -> None:

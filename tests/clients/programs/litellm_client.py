@@ -43,7 +43,7 @@ def list_models(target: Target) -> None:
 def complete_batch(target: Target) -> None:
     at = {**_at(target), "model": f"text-completion-openai/{target.model}"}
     answer = litellm.text_completion(prompt=[COUNT, "The capital of France is"], max_tokens=5, temperature=0, **at)
-    assert [choice.text.split()[0].strip(",") for choice in answer.choices] == ["six", "Paris"]
+    assert answer.choices[0].text.startswith(" six") and answer.choices[1].text.startswith(" Paris")
     check_usage(answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
 
 
@@ -64,13 +64,13 @@ def stream_with_usage(target: Target) -> None:
 
 def tool_loop(target: Target) -> None:
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
-    asked = {"tools": [WEATHER], "temperature": 0, "max_tokens": 60, **_at(target)}
-    first = litellm.completion(messages=messages, tool_choice="required", parallel_tool_calls=False, **asked).choices[0]
+    asked = {"tools": [WEATHER], "temperature": 0, "max_tokens": 60, "parallel_tool_calls": False, **_at(target)}
+    first = litellm.completion(messages=messages, tool_choice="required", **asked).choices[0]
     (call,) = first.message.tool_calls
     check_call(call.function.name, call.function.arguments)
     assert first.finish_reason == "tool_calls"
     messages += [first.message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
-    second = litellm.completion(messages=messages, tool_choice="none", **asked).choices[0]
+    second = litellm.completion(messages=messages, tool_choice="none", **{**asked, "max_tokens": 20}).choices[0]
     assert second.message.content
     chunks = list(litellm.completion(messages=messages[:1], tool_choice="required", stream=True, **asked))
     built = litellm.stream_chunk_builder(chunks).choices[0].message.tool_calls[0].function
@@ -127,7 +127,9 @@ def bad_request(target: Target) -> None:
     error = expect(litellm.BadRequestError, 400, lambda: litellm.completion(messages=CAPITAL, temperature=9, **_at(target)))
     assert "temperature" in str(error)
     long = [{"role": "user", "content": "word " * 9000}]
-    expect(litellm.BadRequestError, 400, lambda: litellm.completion(messages=long, **_at(target)))
+    expect(litellm.ContextWindowExceededError, 400, lambda: litellm.completion(messages=long, **_at(target)))
+    asked = {"messages": CAPITAL, "max_tokens": 9000}
+    expect(litellm.ContextWindowExceededError, 400, lambda: litellm.completion(**asked, **_at(target)))
 
 
 def not_found(target: Target) -> None:

@@ -91,7 +91,9 @@ def tool_loop(target: Target) -> None:
         (call,) = message.tool_calls
         check_call(call.function.name, call.function.arguments)
         messages += [message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
-        second = await client.chat.completions.create(messages=messages, tool_choice="none", **asked)
+        second = await client.chat.completions.create(
+            messages=messages, tool_choice="none", **{**asked, "max_completion_tokens": 20}
+        )
         assert second.choices[0].message.content
 
     _run(target, talk)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from server.parsers.base import FunctionTool, OutputParser, ParsedCall, ParsedMessage
+import msgspec
+
+from server.parsers.base import CallArguments, CallStart, Content, FunctionTool, OutputParser, Part, Reasoning
 
 
 def deepseek_token(words: str) -> str:
@@ -25,6 +27,7 @@ SPECIAL_TOKENS = {
     "deepseek_v3": [],
     "deepseek_v31": [BEGIN, END, CALL, SEP, CALL_END, STRAY],
     "qwen3_coder": [],
+    "pythonic": [],
     "harmony": ["<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>", "<|return|>", STRAY],
 }
 # Added tokens that are shown also where special tokens are not.
@@ -54,6 +57,31 @@ TOOLS = [
 ]
 
 
+class ParsedCall(msgspec.Struct):
+    name: str
+    arguments: str = ""
+
+
+class ParsedMessage(msgspec.Struct):
+    """The parts of a message, joined."""
+
+    content: str
+    reasoning: str
+    calls: list[ParsedCall]
+
+    def add(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            match part:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case CallStart(_, name):
+                    self.calls.append(ParsedCall(name))
+                case CallArguments(_, text):
+                    self.calls[-1].arguments += text
+
+
 class Sample(NamedTuple):
     format: str
     text: str
@@ -67,7 +95,7 @@ class Sample(NamedTuple):
 
 
 def parse(parser: OutputParser, pieces: Iterable[str]) -> ParsedMessage:
-    message = ParsedMessage(calls=[])
+    message = ParsedMessage("", "", [])
     for piece in pieces:
         message.add(parser.push(piece))
     message.add(parser.finish())
@@ -266,6 +294,30 @@ _QWEN_CODER = {
     "cut in a number": ("<function=weather><parameter=days>12", "", [("weather", '{"days": ')]),
 }
 
+_PYTHONIC = {
+    "one call": ('[weather(city="Paris", days=2)]', "", [("weather", PARIS)]),
+    "several": (
+        "\n[now(), weather( city = 'a\"\\'\\n\\d\\u00e9\\x41]', at=[-1.5e+3, (0,), ], "
+        "x={'y': [{}, None, True], \"z\": false,},)]",
+        "",
+        [
+            ("now", "{}"),
+            ("weather", '{"city": "a\\"\'\\n\\\\déA]", "at": [-1.5e+3, [0]], "x": {"y": [{}, null, true], "z": false}}'),
+        ],
+    ),
+    "text before and after": ("I call:\n [now()] \nDone [1].", "I call:\n Done [1].", [("now", "{}")]),
+    "markers": ("<|python_start|>[now()]<|python_end|>", "", [("now", "{}")]),
+    "in the middle of a line": ("see [now()]", "see [now()]", []),
+    "links and lists": ("[now](http://x)\n[1] a\n[x]\n[f(a)]\n[]", "[now](http://x)\n[1] a\n[x]\n[f(a)]\n[]", []),
+    "second is broken": ("[now(), then]", ", then]", [("now", "{}")]),
+    "broken in a value": ("[now(a=1, b=two)]", ")]", [("now", '{"a": 1, ')]),
+    "no number": ("[now(a=01)]", ")]", [("now", "{")]),
+    "too deep": ("[now(a=" + "[" * 40, "[" * 7, [("now", "{")]),
+    "half a character": ('[now(a="\\ud83d\\ude42 \\ud83d")]', "", [("now", '{"a": "🙂 \ufffd"}')]),
+    "no character": ('[now(a="\\U00110000")]', '")]', [("now", "{")]),
+    "cut": ('[now(a="b', "", [("now", "{")]),
+}
+
 _FUNCTION_CALL = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
 _HARMONY = {
     "answer": ("<|channel|>final<|message|>Hello!<|return|>", "Hello!", []),
@@ -325,5 +377,6 @@ _BY_FORMAT = {
     "deepseek_v31": _DEEPSEEK_V31,
     "qwen3_coder": _QWEN_CODER,
     "harmony": _HARMONY,
+    "pythonic": _PYTHONIC,
 }
 SAMPLES = {f"{name}-{what}": Sample(name, *row) for name, rows in _BY_FORMAT.items() for what, row in rows.items()}

@@ -18,11 +18,11 @@ from engine.errors import InvalidRequest
 from engine.grammar import Grammar, GrammarTokenizer, MaskMaker, Matcher
 from engine.sampling_params import SamplingParams, StructuredSpec
 from engine.tokenizer import Tokenizer
-from server.parsers.base import FunctionTool, ParsedCall, ParsedMessage
+from server.parsers.base import FunctionTool
 from server.parsers.lark import MAX_PARALLEL_CALLS, arguments_schema
 from server.parsers.registry import TOOL_FORMATS, chain, load_reasoning_format, load_tool_format
 from tests.server.parsers.formats import EOS_ID, byte_tokenizer, vocabulary
-from tests.server.parsers.samples import BEGIN, CALL, SEP, parse
+from tests.server.parsers.samples import BEGIN, CALL, SEP, ParsedCall, ParsedMessage, parse
 from tests.tokenizers_in_the_manner_of import BUILDERS
 
 TOOLS = [
@@ -59,6 +59,8 @@ BY_NAME = {tool.name: tool for tool in TOOLS}
 every_format = pytest.mark.parametrize("name", TOOL_FORMATS)
 with_and_without_tokens = pytest.mark.parametrize("with_markers", [True, False], ids=["tokens", "strings"])
 
+HARMONY_THOUGHTS = "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant"
+
 # Text that ends where a call begins, up to its name.
 OPENINGS = {
     "hermes": 'Hm <tool_call>\n{"name": "',
@@ -68,7 +70,11 @@ OPENINGS = {
     "deepseek_v3": f"Hm {BEGIN}{CALL}function{SEP}",
     "deepseek_v31": f"Hm {BEGIN}{CALL}",
     "qwen3_coder": "Hm <tool_call>\n<function=",
+    "pythonic": "[",
+    "harmony": f"{HARMONY_THOUGHTS}<|channel|>commentary to=functions.",
 }
+NAME_ENDS = {"pythonic": "("}  # without it a name in brackets is text
+TEXTS = {"harmony": f"{HARMONY_THOUGHTS}<|channel|>final<|message|>"}
 
 
 @cache
@@ -157,20 +163,18 @@ def test_free_text_with_strict_calls(name: str) -> None:
     format = load_tool_format(name, vocabulary(tokenizer))
     for parallel in (False, True):
         lark = format.lazy_grammar(TOOLS, parallel=parallel)
-        if name == "harmony":
-            assert lark is None
-            return
         assert lark is not None
         grammar = compiled(library, lark)
-        assert write(tokenizer, grammar, 1, 'Some text, "a" < {b}\n [c](d): <e>\n').startswith(
-            'Some text, "a" < {b}\n [c](d): <e>\n'
-        )
+        text = TEXTS.get(name, "") + 'Some text, "a" < {b}\n [c](d): <e>\n'
+        assert write(tokenizer, grammar, 1, text).startswith(text)
         for seed in range(20):
-            begin = OPENINGS[name] + random.Random(seed).choice(TOOLS).name
+            begin = OPENINGS[name] + random.Random(seed).choice(TOOLS).name + NAME_ENDS.get(name, "")
             message = parse(format.parser(TOOLS), [write(tokenizer, grammar, seed, begin)])
             assert message.calls and (parallel or len(message.calls) == 1)
             check_calls(message.calls, set(BY_NAME))
-        assert not follow(grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown"))
+        assert not follow(
+            grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown{NAME_ENDS.get(name, '')}")
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in TOOL_FORMATS if name != "harmony"])
@@ -181,10 +185,12 @@ def test_free_text_where_markers_are_no_tokens(name: str) -> None:
     assert lark is not None
     grammar = compiled(library, lark)
     for seed in range(5):
-        message = parse(format.parser(TOOLS), [write(tokenizer, grammar, seed, OPENINGS[name] + "now")])
+        message = parse(
+            format.parser(TOOLS), [write(tokenizer, grammar, seed, f"{OPENINGS[name]}now{NAME_ENDS.get(name, '')}")]
+        )
         assert message.calls
         check_calls(message.calls, set(BY_NAME))
-    assert not follow(grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown"))
+    assert not follow(grammar.start(SamplingParams()), tokenizer.encode(f"{OPENINGS[name]}unknown{NAME_ENDS.get(name, '')}"))
 
 
 @pytest.mark.parametrize("name", ["hermes", "mistral_args", "qwen3_coder"])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.parsers.base import FunctionTool, OutputParser, ParsedMessage, Vocabulary
+from server.parsers.base import FunctionTool, OutputParser, Vocabulary
 from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS, chain, load_reasoning_format, load_tool_format
-from tests.server.parsers.samples import BEGIN, CALL, CALL_END, END, SEP, parse
+from tests.server.parsers.samples import BEGIN, CALL, CALL_END, END, SEP, ParsedMessage, parse
 
 STRAY = "<|stray|>"
 VOCABULARY = Vocabulary({}, frozenset({STRAY}))
@@ -37,6 +37,7 @@ BITS = {
         "None",
     ],
     "harmony": [*_HARMONY, "commentary to=functions.f", " to=", "assistant", "json"],
+    "pythonic": ["[", "[f(", "f(", "n=1", "x='a'", ")", ", ", "<|python_start|>", "True", "\\u00e9", "'", "(", "]"],
     "think": ["<think>", "</think>"],
     "deepseek_r1": ["<think>", "</think>"],
 }

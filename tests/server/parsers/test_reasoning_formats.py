@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import pytest
 
-from server.parsers.base import Content, ParsedCall, ParsedMessage, Reasoning, Vocabulary
+from server.parsers.base import Content, Reasoning, Vocabulary
 from server.parsers.registry import chain, load_reasoning_format, load_tool_format
-from tests.server.parsers.samples import TOOLS, parse
+from tests.server.parsers.samples import TOOLS, ParsedCall, ParsedMessage, parse
 
 STRAY = "<|stray|>"
 SPECIAL = Vocabulary({}, frozenset({STRAY, "[THINK]", "[/THINK]", "[TOOL_CALLS]"}))

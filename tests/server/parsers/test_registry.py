@@ -38,6 +38,7 @@ TEMPLATES = {
         "{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n<|python_tag|>' + tool_call.name + '.call(' }}",
         "<|start_header_id|> {{- '{\"name\": \"' + tool_call.name + '\", ' }}{{- '\"parameters\": ' }}",
     ],
+    "pythonic": ["Use exact format: [func_name1(param1=value1, param2=value2), func_name2(...)]"],
     "mistral": ["{{- '[TOOL_CALLS][' }}{{- tool_call.function|tojson }}"],
     "mistral_args": ["{{- '[TOOL_CALLS]' + tool_call.function.name + '[ARGS]' + arguments }}"],
     "deepseek_v3": [f"{{{{'{CALL}' + tool['type'] + '{SEP}' + tool.name + '\\n' + '```json' + '\\n' + tool.arguments}}}}"],

@@ -61,7 +61,7 @@ def test_parts_are_in_order(sample: Sample) -> None:
     assert num_calls == len(sample.calls)
 
 
-@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "deepseek_v31", "qwen3_coder"])
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "deepseek_v31", "qwen3_coder", "pythonic"])
 def test_text_is_not_held_back(name: str) -> None:
     parser = tool_format(name).parser(TOOLS)
     for char in "An answer, with <b>tags</b> and [brackets](x).":
