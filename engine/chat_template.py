@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -30,6 +31,9 @@ Message = Mapping[str, Any]
 
 # Ends in space that no template writes of its own accord, which shows whether it trims the message's text.
 _OPEN_END = "<octavo:open-end>\t \t"
+
+MAX_ARGUMENTS_DEPTH = 100
+_BRACKET_OR_STRING = re.compile(r'[{}\[\]]|"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 
 TIME_LIMIT_S = 5.0
 _deadline_s: ContextVar[float] = ContextVar("deadline_s")
@@ -281,13 +285,25 @@ def _parse_arguments(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
+    if _is_deep(function["arguments"]):
+        return call
     try:
         arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
+    except ValueError:
         return call
     if not isinstance(arguments, dict):
         return call
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _is_deep(text: str) -> bool:
+    """Whether JSON nests so deep that whoever follows it may run out of stack: whoever renders, or carries it to a process."""
+    depth = 0
+    for token in _BRACKET_OR_STRING.finditer(text) if len(text) > MAX_ARGUMENTS_DEPTH else ():
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(token[0], 0)
+        if depth > MAX_ARGUMENTS_DEPTH:
+            return True
+    return False
 
 
 def _open_final_message(messages: list[dict[str, Any]]) -> str:

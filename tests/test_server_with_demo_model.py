@@ -60,7 +60,15 @@ def start_server(log: Path, *flags: str) -> Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = start_server(tmp_path_factory.mktemp("server") / "log", "--dtype", "float32", "--max-model-len", "4096")
+    server = start_server(
+        tmp_path_factory.mktemp("server") / "log",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "4096",
+        "--max-waiting-requests",
+        "256",
+    )
     yield server
     server.process.kill()
     server.process.wait()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from engine.errors import DeadlineExceeded
+from engine.errors import DeadlineExceeded, InvalidRequest
 from engine.request_stream import ChoiceDelta, RequestStream
 from engine.sampling_params import SamplingParams
 from server.api.prompt_log import log_prompts
@@ -126,6 +126,8 @@ class Generation:
         try:
             generation._streams = [await requests[0]] if len(requests) == 1 else await _all_or_none(requests)
         except BaseException as error:
+            if isinstance(error, InvalidRequest) and error.param is None and prompts[0].sampling.structured is not None:
+                error.param = body.structured_field() or "tools"  # the engine has seen a grammar, and no fields
             generation._note(error)
             generation._leave_backlog()
             raise

@@ -160,6 +160,11 @@ class ResponseRequest(SamplingRequest):
             raise ValueError(f"may hold {MAX_METADATA} keys of at most 64 characters, and values of at most 512")
         return value
 
+    def structured_field(self) -> str | None:
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return None if self.text.format.type == "text" else "text.format"
+
     @property
     def ignored_includes(self) -> list[str]:
         """What `include` asks for that there is not: results of built-in tools; reasoning that only the server can read."""

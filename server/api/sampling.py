@@ -140,6 +140,10 @@ class SamplingRequest(TimeLimits):
                 raise InvalidRequest(f"stop[{index}] must be a string that is not empty, got {got}.", param="stop")
         return given
 
+    def structured_field(self) -> str | None:
+        """The field that says what the answer must look like; None where none does."""
+        return None
+
     def draw_seed(self) -> int:
         """The seed given, else a random one; that has no more bits than a JavaScript client can read and send back."""
         return secrets.randbits(DRAWN_SEED_BITS) if self.seed is None else self.seed & MAX_SEED

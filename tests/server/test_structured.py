@@ -311,3 +311,23 @@ def test_whitespace_is_bounded() -> None:
     good = ['{"a":[1,2]}', '{"a": [1, 2]}', '{\n  "a": [\n    1\n  ]\n}', '{ "a" : [ 1 ] }', '{"a":\n' + " " * 20 + "[]}"]
     bad = ['{"a":  []}', '{"a":\n\n[]}', '{"a":\n' + " " * 21 + "[]}", '{"a":\t[]}', '{"a":[]} ', ' {"a":[]}', '{"a": \n[]}']
     assert schema_accepts(schema, *good, *bad) == [True] * len(good) + [False] * len(bad)
+
+
+def test_what_the_engine_says_of_a_grammar_names_the_field(api: Api) -> None:
+    def refuse() -> None:
+        api.client.refusal = InvalidRequest("the grammar cannot be used: it is too large")
+
+    fields: list[tuple[dict[str, object], str]] = [
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ]
+    for fields_given, name in fields:
+        refuse()
+        response = api.complete(prompt="a", **fields_given)
+        assert response.status_code == 400 and response.json()["error"]["param"] == name
+    refuse()
+    body = {"input": "a", "text": {"format": {"type": "json_object"}}}
+    assert api.request("POST", "/v1/responses", json=body).json()["error"]["param"] == "text.format"
+    refuse()
+    assert api.complete(prompt="a").json()["error"]["param"] is None
