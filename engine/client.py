@@ -78,6 +78,7 @@ class EngineClient:
         self._lives = Lives()
         self._restart: asyncio.Task[None] | None = None
         self._load_failure: OctavoError | None = None
+        self._start_s = 0.0  # of the present engine, as far as it knows
         self._earlier_stats = EngineStats()
         self.state: State = "starting"
         self.progress: LoadProgress | None = None
@@ -326,6 +327,7 @@ class EngineClient:
         if self.ready is not None:
             decided, before = (ready.num_blocks, ready.max_model_len), (self.ready.num_blocks, self.ready.max_model_len)
             if decided == before:
+                self._start_s = sum(ready.load_seconds.values())
                 self._probe.send()  # its answer shows that this engine can complete a step
             else:
                 self._end_useless(f"it decided on {decided} pages and context, where the first one had {before}")
@@ -359,8 +361,9 @@ class EngineClient:
     def _resume(self) -> None:
         """The new engine is ready: it goes on with every open request, in the order in which they came."""
         logger.info(
-            "the engine is ready again, %.2f s after the last one's death; %d requests go on",
+            "the engine is ready again, %.2f s after the last one's death, %.2f s of them its start; %d requests go on",
             self._lives.since_death_s,
+            self._start_s,
             len(self._open.streams),
         )
         self._enter_ready()
