@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -10,11 +9,12 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.errors import EngineUnavailable, InvalidRequest, ModelLoadError
+from engine.framed_process import exchange
 from engine.sampling_params import StructuredSpec
 
 if TYPE_CHECKING:
@@ -44,21 +44,6 @@ class GrammarSetup(msgspec.Struct, frozen=True):
         from engine.grammar import GrammarTokenizer  # late, with the library: most engines never need it
 
         return GrammarTokenizer.load(Path(self.folder), vocab_size=self.vocab_size, eos_token_ids=self.eos_token_ids)
-
-
-def write_frame(stream: IO[bytes], value: object) -> None:
-    """Send a value."""
-    content = msgspec.msgpack.encode(value)
-    stream.write(len(content).to_bytes(4, "little") + content)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> bytes | None:
-    """The content of the next frame; None at the end."""
-    header = stream.read(4)
-    size = int.from_bytes(header, "little")
-    content = stream.read(size) if len(header) == 4 else b""
-    return content if len(header) == 4 and len(content) == size else None
 
 
 class GrammarCompiler:
@@ -176,25 +161,11 @@ class _Trial:
 
     def _exchange(self, message: GrammarSetup | StructuredSpec, limit_s: float) -> tuple[str | None, bool]:
         """The answer, None where the process ended instead; and whether it was killed for taking too long."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        timed_out = threading.Event()
-
-        def end() -> None:
-            timed_out.set()
-            process.kill()
-
-        timer = threading.Timer(limit_s, end)
-        timer.daemon = True
-        timer.start()
-        frame = None
-        with contextlib.suppress(BrokenPipeError):
-            write_frame(process.stdin, message)
-            frame = read_frame(process.stdout)
-        timer.cancel()
+        assert self._process is not None
+        frame, timed_out = exchange(self._process, msgspec.msgpack.encode(message), limit_s)
         if frame is None:
             self.stop()
-            return None, timed_out.is_set()
+            return None, timed_out
         return msgspec.msgpack.decode(frame, type=str), False
 
     def stop(self) -> None:

@@ -20,8 +20,9 @@ from typing import IO
 import msgspec
 
 from engine.errors import InvalidRequest
+from engine.framed_process import read_frame, write_frame
 from engine.grammar import GrammarTokenizer
-from engine.grammar_compiler import GrammarSetup, read_frame, write_frame
+from engine.grammar_compiler import GrammarSetup
 from engine.sampling_params import StructuredSpec
 
 STACK_BYTES = 4 * 2**20
@@ -39,9 +40,9 @@ def _try(tokenizer: GrammarTokenizer, spec: StructuredSpec) -> str:
 def _work(jobs: queue.SimpleQueue[bytes], out: IO[bytes]) -> None:
     try:
         tokenizer = msgspec.msgpack.decode(jobs.get(), type=GrammarSetup).load()
-        write_frame(out, "")
+        write_frame(out, msgspec.msgpack.encode(""))
         while True:
-            write_frame(out, _try(tokenizer, msgspec.msgpack.decode(jobs.get(), type=StructuredSpec)))
+            write_frame(out, msgspec.msgpack.encode(_try(tokenizer, msgspec.msgpack.decode(jobs.get(), type=StructuredSpec))))
     finally:
         os._exit(1)  # also where the library panics
 

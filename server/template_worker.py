@@ -14,17 +14,16 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
 from engine.chat_template import ChatJob
 from engine.errors import EngineUnavailable, InvalidRequest
+from engine.framed_process import exchange, read_frame, write_frame
 
 LIMIT_S = 2.0
 START_LIMIT_S = 30.0
@@ -35,7 +34,6 @@ MAX_TEMPLATE_CHARS = 256 * 1024
 MAX_RENDERED_CHARS = 32 * 2**20
 
 _COMMAND = (sys.executable, "-P", "-m", "server.template_worker")
-_HEADER_BYTES = 8
 
 
 class _Reply(msgspec.Struct, omit_defaults=True):
@@ -91,7 +89,8 @@ class TemplateWorker:
             raise InvalidRequest(
                 f"The messages cannot be given to the chat template: {type(error).__name__}.", param="messages"
             ) from None
-        frame, timed_out = self._exchange(sent, self._limit_s)
+        assert self._process is not None
+        frame, timed_out = exchange(self._process, sent, self._limit_s)
         if frame is None:
             self._end_process()
             what = f"longer than {self._limit_s:g} seconds" if timed_out else "more memory than it may"
@@ -109,32 +108,10 @@ class TemplateWorker:
             _COMMAND, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env={"PYTHONPATH": path}, start_new_session=True
         )
         self._end_process = weakref.finalize(self, _end, self._process)
-        frame, _ = self._exchange(None, START_LIMIT_S)
+        frame, _ = exchange(self._process, None, START_LIMIT_S)
         if frame is None:
             self._end_process()
             raise EngineUnavailable("The process that renders chat templates of requests does not start.")
-
-    def _exchange(self, frame: bytes | None, limit_s: float) -> tuple[bytes | None, bool]:
-        """The answer, None where the process ended instead, and whether that was for taking too long."""
-        process = self._process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        timed_out = threading.Event()
-
-        def end() -> None:
-            timed_out.set()
-            process.kill()
-
-        timer = threading.Timer(limit_s, end)
-        timer.daemon = True
-        timer.start()
-        try:
-            if frame is not None:
-                _write_frame(process.stdin, frame)
-            return _read_frame(process.stdout), timed_out.is_set()
-        except BrokenPipeError:
-            return None, timed_out.is_set()
-        finally:
-            timer.cancel()
 
 
 @functools.cache
@@ -147,21 +124,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     with contextlib.suppress(BrokenPipeError):  # what it had not read yet
         process.communicate()
-
-
-def _write_frame(stream: IO[bytes], content: bytes) -> None:
-    stream.write(len(content).to_bytes(_HEADER_BYTES, "big") + content)
-    stream.flush()
-
-
-def _read_frame(stream: IO[bytes]) -> bytes | None:
-    """None at the end of the stream, also where it comes in the middle."""
-    header = stream.read(_HEADER_BYTES)
-    if len(header) < _HEADER_BYTES:
-        return None
-    length = int.from_bytes(header, "big")
-    content = stream.read(length)
-    return content if len(content) == length else None
 
 
 def _answer(frame: bytes) -> _Reply:
@@ -190,13 +152,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jobs, answers = sys.stdin.buffer, sys.stdout.buffer
-    _write_frame(answers, b"")
-    while (frame := _read_frame(jobs)) is not None:
+    write_frame(answers, b"")
+    while (frame := read_frame(jobs)) is not None:
         # So that nothing runs on for ever where the frontend is gone before it could kill us.
         used_s = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = int(used_s.ru_utime + used_s.ru_stime + LIMIT_S) + 2
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
-        _write_frame(answers, _encoder.encode(_answer(frame)))
+        write_frame(answers, _encoder.encode(_answer(frame)))
 
 
 if __name__ == "__main__":

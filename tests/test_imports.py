@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "memory_plan",
         "host_memory",
         "model_cache",
+        "framed_process",
         "chat_template",
         "detokenizer",
         "tokenizer",
@@ -106,6 +107,7 @@ SEEN_BY_SERVER = {
     "memory_plan",
     "host_memory",
     "model_cache",
+    "framed_process",
 }
 HEAVY = {"torch", "transformers"}
 
