@@ -109,33 +109,9 @@ class Tokenizer:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def render_chat(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template: str | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        tool_block: str = "",
-    ) -> str:
-        """The prompt text of a conversation.
-
-        chat_template: the name of one of the model's templates, or template text. template_kwargs: further variables for the
-        template (`documents`, `enable_thinking`, ...). tool_block: what describes the tools where the template does not.
-        Raises InvalidRequest naming the cause.
-        """
-        job = self.chat_job(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            chat_template=chat_template,
-            template_kwargs=template_kwargs,
-            tool_block=tool_block,
-        )
-        rendered = job.render()
+    def render_chat(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        """The prompt text of a conversation, with the options of `chat_job`. Raises InvalidRequest naming the cause."""
+        rendered = self.chat_job(messages, **options).render()
         check_unicode(rendered, "messages")
         return rendered
 
@@ -150,7 +126,12 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         tool_block: str = "",
     ) -> ChatJob:
-        """`render_chat`'s work as data. Raises InvalidRequest for arguments that exclude each other."""
+        """What renders a conversation, as data.
+
+        chat_template: the name of one of the model's templates, or template text. template_kwargs: further variables for the
+        template (`documents`, `enable_thinking`, ...). tool_block: what describes the tools where the template does not.
+        Raises InvalidRequest for arguments that exclude each other.
+        """
         if add_generation_prompt and continue_final_message:
             raise InvalidRequest(
                 "continue_final_message and add_generation_prompt exclude each other: set one of them to false",
@@ -194,7 +175,7 @@ class Tokenizer:
         return name in self._chat_templates
 
     def template_source(self, chat_template: str | None = None, *, with_tools: bool) -> str:
-        """The template a conversation goes through; `chat_template` as in `render_chat`. Raises InvalidRequest."""
+        """The template a conversation goes through; `chat_template` as in `chat_job`. Raises InvalidRequest."""
         if chat_template is not None:
             return self._chat_templates.get(chat_template, chat_template)
         if with_tools and TOOL_TEMPLATE in self._chat_templates:
