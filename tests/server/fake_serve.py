@@ -25,6 +25,7 @@ class ServedFake(FakeEngineClient):
         self._supervisor = supervisor
         self._model = supervisor._config.model.model
         self.state = "starting"
+        self._is_stopped = False
 
     @property
     def num_open_streams(self) -> int:
@@ -44,13 +45,20 @@ class ServedFake(FakeEngineClient):
 
     async def stop(self) -> None:
         self.fail_after, self.stream_error = 1, EngineUnavailable("the server is shutting down")
+        self._is_stopped = True
         self.gate.set()
         await self._supervisor.stop()  # it made a folder for its socket
 
     async def generate(self, *args: object, **options: object) -> FakeStream:
         stream = await super().generate(*args, **options)  # type: ignore[arg-type]
-        asyncio.get_running_loop().call_later(0.05, self.gate.clear if self._model == "slow" else self.gate.set)
+        asyncio.get_running_loop().call_later(0.05, self._hold_or_go_on)
         return stream
+
+    def _hold_or_go_on(self) -> None:
+        if self._model == "slow" and not self._is_stopped:  # a stop may come before its stream is held
+            self.gate.clear()
+        else:
+            self.gate.set()
 
 
 if __name__ == "__main__":
