@@ -17,6 +17,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "dummy")
 QUANTIZATIONS = ("none", "fp8", "int8")
 KV_CACHE_DTYPES = ("auto", "fp8")
+ATTENTION_BACKENDS = ("triton", "native", "flash_attention", "flashinfer", "cudnn", "torch_varlen", "sdpa")
 
 
 def _require(condition: bool, param: str, message: str) -> None:

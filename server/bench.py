@@ -17,12 +17,13 @@ from server.bench_load import Load, describe, probe
 from server.bench_report import MARKDOWN_HEAD, Sample, format_markdown_row, format_table, summarize
 from server.bench_workers import CutShort, gather
 from server.client_key import first_key
+from server.help import HelpFormatter
 
 DESCRIPTION = """\
 Puts an OpenAI-compatible server under load, many streams at once, and says how long its clients waited and how much they got.
 
-  octavo bench --concurrency 8 --num-requests 64 --input-len 128 --output-len 64
-  octavo bench --rate 20 --num-requests 400 --processes 4 --input-len 1024 --output-len 128
+  octavo bench --concurrency 8 --num-requests 64
+  octavo bench --rate 20 --num-requests 400 --processes 4 --input-len 1024
   octavo bench --url http://127.0.0.1:8080 --no-ignore-eos --json figures.json
 
 Token counts come from the server's `usage`; prompts are random words, their number found by two probe requests. One Python
@@ -30,10 +31,11 @@ process reads some 12,000 chunks a second: give more --processes to fast servers
 
 COLUMNS = """\
 columns:
-  TTFT  from sending the request to the first text, of the answer or of the reasoning before it
+  TTFT  from sending the request to the first text, be it reasoning
   TPOT  (last text - first text) / (output tokens - 1)
   ITL   between two chunks of text
   E2E   from sending the request to the stream's end
+
 Throughput is over the time from the first request sent to the last one's end. Exit code: 0 when every request was answered,
 1 when one was not, 2 for a wrong command line, 130 after Ctrl-C (which reports what was measured until then)."""
 
@@ -43,10 +45,10 @@ _IGNORE_EOS_HINT = "the server does not know ignore_eos, which makes every answe
 def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s [options]",
+        usage="%(prog)s [flags]",
         description=DESCRIPTION,
         epilog=COLUMNS,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=124),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     _add_server_options(parser.add_argument_group("server"))
@@ -54,9 +56,13 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     _add_request_options(parser.add_argument_group("requests"))
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="the figures as JSON, in place of the table; with FILE beside it"
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the figures as JSON, not as a table; with FILE beside it [off]",
     )
-    output.add_argument("--markdown", action="store_true", help="a markdown table")
+    output.add_argument("--markdown", action="store_true", help="a markdown table [off]")
     return parser
 
 
@@ -65,14 +71,14 @@ def _add_server_options(group: argparse._ArgumentGroup) -> None:
         "--url", "--base-url", dest="base_url", default="http://127.0.0.1:8000", metavar="URL", help="where it is [%(default)s]"
     )
     group.add_argument("--model", default="", metavar="NAME", help="one of its models [the first of /v1/models]")
-    group.add_argument("--api-key", default="", metavar="KEY", help="[OCTAVO_API_KEY of the environment]")
-    group.add_argument("--endpoint", choices=("completions", "chat"), default="completions", help="[%(default)s]")
+    group.add_argument("--api-key", default="", metavar="KEY", help="the server's key [OCTAVO_API_KEY]")
+    group.add_argument("--endpoint", choices=("completions", "chat"), default="completions", help="what is asked [%(default)s]")
 
 
 def _add_load_options(group: argparse._ArgumentGroup) -> None:
     pace = group.add_mutually_exclusive_group()
     pace.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests open at any time [%(default)s]")
-    pace.add_argument("--rate", type=float, metavar="R", help="instead: requests per second, Poisson arrivals")
+    pace.add_argument("--rate", type=float, metavar="R", help="instead: requests per second, Poisson arrivals [none]")
     group.add_argument("--num-requests", type=int, default=16, metavar="N", help="requests in all [%(default)s]")
     group.add_argument(
         "--max-time",
@@ -108,10 +114,12 @@ def _add_request_options(group: argparse._ArgumentGroup) -> None:
         "--ignore-eos",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="every answer is --output-len long, whatever the model says; needs a server that knows ignore_eos",
+        help="every answer is --output-len long, whatever the model says; needs a server that knows ignore_eos [on]",
     )
-    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="[%(default)g]")
-    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="[%(default)g]")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="randomness [%(default)g]")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="share of probability to sample from [%(default)g]"
+    )
     group.add_argument(
         "--seed",
         type=int,
@@ -119,7 +127,9 @@ def _add_request_options(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="of prompts and arrivals; a repeated one meets a warm prefix cache [%(default)s]",
     )
-    group.add_argument("--extra-body", type=_json_object, default={}, metavar="JSON", help="further fields of every request")
+    group.add_argument(
+        "--extra-body", type=_json_object, default={}, metavar="JSON", help="further fields of every request [none]"
+    )
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -7,13 +7,24 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-USAGE = """usage: octavo serve [MODEL] [flags]    serve a model over the OpenAI API
-       octavo chat [flags]             talk in this terminal with a model that is served
-       octavo bench [flags]            put a server under load and time its answers
-       octavo plan [MODEL] [flags]     say what serving a model would take of the memory, and what fits, before it is loaded
-       octavo --version
+USAGE = """\
+usage: octavo COMMAND [MODEL] [flags]
 
-octavo COMMAND --help lists a command's flags."""
+Octavo serves a model over the OpenAI API.
+
+commands:
+  serve [MODEL]      serve a model
+  chat               talk in this terminal with a model that is served
+  bench              put a server under load, and time its answers
+  plan [MODEL]       say what a model takes of the memory, before it is loaded
+
+  octavo COMMAND --help       a command's flags
+  octavo COMMAND --help WORD  those that have to do with a word (serve, plan)
+  octavo --version
+
+first steps:
+  octavo serve                the demo model on http://127.0.0.1:8000
+  octavo chat                 and a talk with it, in another terminal"""
 
 
 def main() -> None:
@@ -32,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
         case ["--help" | "-h" | "help"]:
             print(USAGE)
             return 0
+        case ["help", name] if name in _COMMANDS:
+            return _COMMANDS[name](["--help"])
         case [name, *rest] if name in _COMMANDS:
             return _COMMANDS[name](rest)
         case [name, *_]:

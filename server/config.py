@@ -7,20 +7,17 @@ knows is an error that gives the nearest one.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import msgspec
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from engine.config import (
+    ATTENTION_BACKENDS,
     DEVICES,
     DTYPES,
     KV_CACHE_DTYPES,
@@ -34,12 +31,12 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.errors import ConfigError
+from server.config_sources import CONFIGS_DIR, ENV_PREFIX, Source, env_source, nearest, shipped_defaults, yaml_source
+from server.flags import Parser, flag_name, make_parser
 from server.keys import KeyRing, read_keys
 from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS
 from server.tls import check_tls
 
-CONFIGS_DIR = Path(__file__).parent.parent / "configs"
-ENV_PREFIX = "OCTAVO_"
 DEMO_MODEL_NAMES = ("SmolLM2-135M-Instruct", "demo")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -89,84 +86,107 @@ class ServerConfig(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, coerce_numbers_to_str=True
     )
 
-    model: str = _setting("demo", "model", "a Hub id, a Hugging Face folder, a GGUF file, or demo (SmolLM2-135M-Instruct)")
-    served_model_name: Names = _setting([], "model", "name(s) clients may use for it; the first is the one answered with")
-    revision: str | None = _setting(None, "model", "branch, tag or commit on the Hub")
-    download_dir: str | None = _setting(None, "model", "where downloads go; by default the user's cache")
-    dtype: str = _setting("auto", "model", f"{', '.join(DTYPES)}")
-    load_format: str = _setting("auto", "model", f"{', '.join(LOAD_FORMATS)} (dummy: random weights)")
+    model: str = _setting(
+        "demo", "model", "a Hub id, a Hugging Face folder, a GGUF file, or demo (SmolLM2-135M-Instruct)", kind="model"
+    )
+    served_model_name: Names = _setting(
+        [], "model", "name(s) clients may use for it; the first is the one answered with", shown="the model's"
+    )
+    revision: str | None = _setting(None, "model", "branch, tag or commit on the Hub", shown="main")
+    download_dir: str | None = _setting(None, "model", "where downloads go", kind="dir", shown="the user's cache")
+    dtype: str = _setting("auto", "model", "what weights and activations are computed in", choices=DTYPES)
+    load_format: str = _setting("auto", "model", "dummy makes random weights by config.json alone", choices=LOAD_FORMATS)
     quantization: str = _setting(
-        "none", "model", f"{', '.join(QUANTIZATIONS)} (weights and activations: fp8 on a GPU, int8 on a CPU)"
+        "none", "model", "of weights and activations: fp8 on a GPU, int8 on a CPU", choices=QUANTIZATIONS
     )
     max_model_len: Count | None = _setting(
-        None, "model", "context in tokens (8k = 8000, 8K = 8192); default: the largest that fits"
+        None, "model", "context in tokens (8k = 8000, 8K = 8192)", shown="the largest that fits"
     )
-    chat_template: str | None = _setting(None, "model", "a Jinja file, or the template itself, instead of the model's own")
+    chat_template: str | None = _setting(
+        None, "model", "a Jinja file, or the template itself, instead of the model's own", kind="file", shown="the model's"
+    )
     generation_config: Literal["auto", "none"] = _setting("auto", "model", "none ignores the model's own sampling defaults")
-    tool_parser: str = _setting("auto", "model", f"format of tool calls: auto (by template), none, {', '.join(TOOL_FORMATS)}")
-    reasoning_parser: str = _setting("auto", "model", f"format of reasoning: auto, none, {', '.join(REASONING_FORMATS)}")
-    embedding_pooling: Literal["mean", "last"] = _setting("mean", "model", "mean or last: which tokens make an embedding")
+    tool_parser: str = _setting(
+        "auto", "model", "format of tool calls; auto goes by the chat template", choices=("auto", "none", *TOOL_FORMATS)
+    )
+    reasoning_parser: str = _setting(
+        "auto", "model", "format of reasoning; auto goes by the chat template", choices=("auto", "none", *REASONING_FORMATS)
+    )
+    embedding_pooling: Literal["mean", "last"] = _setting("mean", "model", "which tokens make an embedding")
     trust_remote_code: bool = _setting(False, "model", "run the Python code that comes with the model")
     allow_pickled_weights: bool = _setting(False, "model", "read *.bin weights, which are pickles, where there are no others")
 
     host: str = _setting("127.0.0.1", "server", "address to listen on; 127.0.0.1 is this machine only, 0.0.0.0 lets others in")
     port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
     strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
-    max_open_requests: Count = _setting(4096, "server", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
+    max_open_requests: Count = _setting(4096, "limits", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
     max_waiting_requests: Count | None = _setting(
         None,
-        "server",
-        "more that wait for a place in the engine get a 429; default: as many as run at once; 0 is no limit",
+        "limits",
+        "more that wait for a place in the engine get a 429; 0 is no limit",
+        shown="on a CPU as many as run at once, 1024 on a GPU",
         ge=0,
         le=2**31 - 1,
     )
     max_waiting_tokens: Count | None = _setting(
         None,
-        "server",
-        "the same by expected tokens, of prompts and answers; default: what takes a minute; 0 is no limit",
+        "limits",
+        "the same by expected tokens, of prompts and answers; 0 is no limit",
+        shown="what takes a minute",
         ge=0,
         le=2**63 - 1,
     )
     request_timeout_s: Number = _setting(
-        0.0, "server", "seconds a request may take that does not say (timeout); 0 is no limit", ge=0, le=86400
+        0.0, "limits", "seconds a request may take that does not say (timeout); 0 is no limit", ge=0, le=86400
     )
     first_token_timeout_s: Number = _setting(
-        0.0, "server", "seconds its first token may take (first_token_timeout); 0 is no limit", ge=0, le=86400
+        0.0, "limits", "seconds its first token may take (first_token_timeout); 0 is no limit", ge=0, le=86400
     )
     response_store_size: Count = _setting(1024, "server", "answers of /v1/responses kept to go on from", ge=0, le=2**31 - 1)
-    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "server", ", ".join(LOG_LEVELS))
+    log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "observability", "what the log leaves out")
     write_timeout_s: Number = _setting(
-        30.0, "server", "seconds a client may take in nothing of its answer before the request is ended", gt=0, le=86400
+        30.0, "limits", "seconds a client may take in nothing of its answer before the request is ended", gt=0, le=86400
     )
     drain_delay_s: Number = _setting(
-        0.0, "server", "seconds after SIGTERM in which new requests are still taken, while /health/ready is 503", ge=0, le=86400
+        0.0, "limits", "seconds after SIGTERM in which new requests are still taken, while /health/ready is 503", ge=0, le=86400
     )
     shutdown_timeout_s: Number = _setting(
-        30.0, "server", "seconds that open requests may go on after that; what is left then ends with an error", ge=0, le=86400
+        30.0, "limits", "seconds that open requests may go on after that; what is left then ends with an error", ge=0, le=86400
     )
 
     api_key: Names = _setting(
-        [], "security", "key(s) of which every request but /health must bring one; 'KEY ID SCOPE': api, metrics, admin"
+        [],
+        "security",
+        "key(s) of which every request but /health must bring one; 'KEY ID SCOPE': api, metrics, admin",
+        metavar="KEY",
     )
-    api_key_file: str | None = _setting(None, "security", "a file of such keys, one a line; # begins a comment")
+    api_key_file: str | None = _setting(None, "security", "a file of such keys, one a line; # begins a comment", kind="file")
     metrics_port: Count | None = _setting(
-        None, "security", "serve /metrics on this port too, without a key; 0 lets the system choose", ge=0, le=65535
+        None, "observability", "serve /metrics on this port too, without a key; 0 lets the system choose", ge=0, le=65535
     )
-    tls_cert: str | None = _setting(None, "security", "a PEM file of the certificate (chain): HTTPS instead of HTTP")
-    tls_key: str | None = _setting(None, "security", "a PEM file of its private key, where that is not in the certificate's")
-    cors_origins: Names = _setting([], "security", "pages that may use this server from a browser (https://host), or *")
+    tls_cert: str | None = _setting(
+        None, "security", "a PEM file of the certificate (chain): HTTPS instead of HTTP", kind="file"
+    )
+    tls_key: str | None = _setting(
+        None, "security", "a PEM file of its private key, where that is not in the certificate's", kind="file"
+    )
+    cors_origins: Names = _setting(
+        [], "security", "pages that may use this server from a browser (https://host), or *", metavar="ORIGIN"
+    )
     shared_prefix_cache: bool = _setting(
         False, "security", "let keys share computed prompt beginnings, though one can then time what others asked"
     )
-    max_body_bytes: Count = _setting(64 * 2**20, "security", "a larger request body gets a 413", ge=1024, le=2**40)
-    max_json_depth: Count = _setting(128, "security", "JSON nested deeper gets a 400", ge=8, le=512)
+    max_body_bytes: Count = _setting(64 * 2**20, "limits", "a larger request body gets a 413", shown="64M", ge=1024, le=2**40)
+    max_json_depth: Count = _setting(128, "limits", "JSON nested deeper gets a 400", ge=8, le=512)
     read_timeout_s: Number = _setting(
-        30.0, "security", "seconds a client may take to send headers, or a body (and 1 s more for each 64 KiB)", gt=0, le=86400
+        30.0, "limits", "seconds a client may take to send headers, or a body (and 1 s more for each 64 KiB)", gt=0, le=86400
     )
-    log_prompts: bool = _setting(False, "security", "write the text of prompts to the log")
+    log_prompts: bool = _setting(False, "observability", "write the text of prompts to the log")
 
-    device: str = _setting("auto", "engine", ", ".join(DEVICES))
-    attention_backend: str = _setting("auto", "engine", "attention implementation; auto takes the device's best")
+    device: str = _setting("auto", "engine", "auto takes a GPU where there is one", choices=DEVICES)
+    attention_backend: str = _setting(
+        "auto", "engine", "attention implementation; auto takes the device's best", choices=("auto", *ATTENTION_BACKENDS)
+    )
     cuda_graphs: bool = _setting(True, "engine", "capture decode steps on a GPU and replay them")
     cpu_kernels: bool = _setting(True, "engine", "use the kernels compiled for this CPU; without them torch does all")
     step_timeout_s: Number = _setting(
@@ -174,18 +194,24 @@ class ServerConfig(BaseModel):
     )
     restart_wait_s: Number = _setting(60.0, "engine", "seconds new requests wait for an engine that is being restarted")
     max_failed_starts: Count = _setting(3, "engine", "engines that die in a row without a step before the server gives up")
-    num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine; default: the cores it may use")
+    num_threads: Count | None = _setting(None, "engine", "CPU threads of the engine", shown="the cores it may use")
     max_num_seqs: Count | None = _setting(None, "engine", "most sequences in one step")
     max_num_batched_tokens: Count | None = _setting(None, "engine", "most tokens in one step")
-    max_num_mixed_tokens: Count | None = _setting(None, "engine", "most tokens in one step while many sequences decode")
+    max_num_mixed_tokens: Count | None = _setting(
+        None, "engine", "most tokens in one step while many sequences decode", shown="no limit on a CPU, 1024 on a GPU"
+    )
 
     block_size: Count = _setting(16, "KV cache", "tokens in one page, a power of two")
-    kv_cache_dtype: str = _setting("auto", "KV cache", f"{', '.join(KV_CACHE_DTYPES)} (auto: the model's dtype)")
+    kv_cache_dtype: str = _setting(
+        "auto", "KV cache", "what keys and values are stored in; auto is the model's dtype", choices=KV_CACHE_DTYPES
+    )
     enable_prefix_caching: bool = _setting(True, "KV cache", "reuse the pages of equal prompt beginnings")
-    gpu_memory_utilization: Number = _setting(0.90, "KV cache", "share of the card's memory to take in all")
+    gpu_memory_utilization: Number = _setting(0.90, "KV cache", "on a GPU, share of the card's memory to take in all")
     cpu_memory_share: Number = _setting(0.30, "KV cache", "on a CPU, share of the memory left after the weights")
-    kv_cache_memory_bytes: Count | None = _setting(None, "KV cache", "bytes for pages (4G = 4 GiB) instead of a share")
-    num_kv_blocks: Count | None = _setting(None, "KV cache", "number of pages instead of any size")
+    kv_cache_memory_bytes: Count | None = _setting(
+        None, "KV cache", "bytes for pages (4G = 4 GiB) instead of a share", shown="by the share"
+    )
+    num_kv_blocks: Count | None = _setting(None, "KV cache", "number of pages instead of any size", shown="by the size")
 
     @field_validator("tool_parser", "reasoning_parser")
     @classmethod
@@ -245,22 +271,7 @@ class ServerConfig(BaseModel):
             raise ConfigError(f"--chat-template {given} cannot be read: {error}", param="chat_template") from None
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where some values come from. `label` turns a key into what the user wrote, for messages."""
-
-    place: str
-    values: dict[str, Any]
-    label: Callable[[str], str]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' or nothing, to end an error about an unknown name."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-def _check_known(source: _Source) -> None:
+def _check_known(source: Source) -> None:
     known = list(ServerConfig.model_fields)
     for key in source.values:
         if key not in known:
@@ -268,85 +279,27 @@ def _check_known(source: _Source) -> None:
             raise ConfigError(f"unknown setting {source.label(key)} in {source.place}{hint}", param=key)
 
 
-def _yaml_source(path: Path) -> _Source:
-    """Reads one YAML file; a null counts as not given. Raises ConfigError when it cannot be read or is not a mapping."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"the configuration file {path} cannot be read: {' '.join(str(error).split())}", param="config"
-        ) from None
-    if not isinstance(content, dict | None):
-        raise ConfigError(f"the configuration file {path} must hold `name: value` lines", param="config")
-    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items() if value is not None}
-    return _Source(str(path), values, lambda key: key)
+def command_parser(command: str) -> Parser:
+    """The command line of `octavo serve`, `plan` or `doctor`."""
+    return make_parser(command, ServerConfig.model_fields, shipped_defaults())
 
 
-def _env_source(environ: Mapping[str, str]) -> _Source:
-    values = {
-        name.removeprefix(ENV_PREFIX).lower(): value
-        for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and name != f"{ENV_PREFIX}CONFIG" and value  # compose files pass unset variables as ""
-    }
-    return _Source("the environment", values, lambda key: f"{ENV_PREFIX}{key.upper()}")
-
-
-def flag_name(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field of ServerConfig, in its help group. A flag that is not given leaves nothing behind."""
-    parser.add_argument("model_positional", nargs="?", metavar="MODEL", help=ServerConfig.model_fields["model"].description)
-    parser.add_argument(
-        "--config", metavar="FILE", help="a YAML file of these settings; stronger than configs/, weaker than flags"
-    )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for key, field in ServerConfig.model_fields.items():
-        extra = field.json_schema_extra
-        name = str(extra["group"]) if isinstance(extra, dict) else "other"
-        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        text = f"{field.description}" + ("" if field.default in (None, [], False) else f" [{field.default}]")
-        options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
-        if field.annotation is bool:
-            group.add_argument(flag_name(key), action=argparse.BooleanOptionalAction, **options)
-        elif field.default == []:
-            group.add_argument(flag_name(key), nargs="+", metavar="NAME", **options)
-        else:
-            group.add_argument(flag_name(key), metavar=key.rsplit("_", 1)[-1].upper(), **options)
-
-
-_DESCRIPTIONS = {
-    "serve": "Serve a model over the OpenAI API.",
-    "plan": "Say what serving a model would take of a device's memory, and what fits, before anything is loaded. The flags "
-    "are those of `octavo serve`, and --memory SIZE (80G = 80 GiB): plan for a GPU of that size, or with --device cpu for a "
-    "machine of that size, instead of this one's.",
-}
-
-
-def _flag_source(argv: Sequence[str], command: str) -> tuple[_Source, str | None]:
+def _flag_source(argv: Sequence[str], command: str) -> tuple[Source, str | None]:
     """The flags given, and the --config file. Raises ConfigError on an unknown flag or a model given twice."""
-    parser = _Parser(prog=f"octavo {command}", description=_DESCRIPTIONS[command], allow_abbrev=False)
-    add_flags(parser)
+    parser = command_parser(command)
     parsed, unknown = parser.parse_known_args(argv)
     values = vars(parsed)
     config_path, positional = values.pop("config"), values.pop("model_positional")
     for argument in unknown:
-        fields = ServerConfig.model_fields
-        known = ["--config", *map(flag_name, fields)]
-        known += [flag_name(f"no_{key}") for key, field in fields.items() if field.annotation is bool]
         what = argument.split("=", 1)[0]
-        raise ConfigError(f"unknown argument {what}{nearest(what, known)}; see octavo {command} --help", param=what)
+        raise ConfigError(
+            f"unknown argument {what}{nearest(what, parser._option_string_actions)}; see octavo {command} --help", param=what
+        )
     if positional is not None:
         if values.get("model", positional) != positional:
             raise ConfigError(f"two models are given, {positional} and --model {values['model']}: give one", param="model")
         values["model"] = positional
-    return _Source("the command line", values, flag_name), config_path
+    return Source("the command line", values, flag_name), config_path
 
 
 def has_nvidia_driver(environ: Mapping[str, str]) -> bool:
@@ -363,13 +316,13 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str], *, command: str
     Raises ConfigError naming the setting and where it was written.
     """
     flags, config_path = _flag_source(argv, command)
-    env = _env_source(environ)
+    env = env_source(environ)
     config_path = config_path or environ.get(f"{ENV_PREFIX}CONFIG")
-    own = [_yaml_source(Path(config_path).expanduser())] if config_path else []
+    own = [yaml_source(Path(config_path).expanduser())] if config_path else []
     strong = [flags, env, *own]
     device = next((str(source.values["device"]) for source in strong if "device" in source.values), "auto")
     on_gpu = device == "cuda" or (device == "auto" and has_nvidia_driver(environ))
-    files = [_yaml_source(CONFIGS_DIR / name) for name in ("gpu.yaml" if on_gpu else "cpu.yaml", "default.yaml")]
+    files = [yaml_source(CONFIGS_DIR / name) for name in ("gpu.yaml" if on_gpu else "cpu.yaml", "default.yaml")]
     sources = [*strong, *files]
     for source in sources:
         _check_known(source)
@@ -389,7 +342,7 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str], *, command: str
     return config
 
 
-def _config_error(error: ValidationError, chosen: Mapping[str, _Source]) -> ConfigError:
+def _config_error(error: ValidationError, chosen: Mapping[str, Source]) -> ConfigError:
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
     source = chosen[key]

@@ -16,10 +16,12 @@ from typing import Any
 
 from server.chat_client import DEFAULT_URL, ChatError, ChatServer
 from server.client_key import first_key
+from server.help import HelpFormatter
 from server.terminal import Terminal
 
 DESCRIPTION = """\
 Talk with a model that is served. Answers come as they are written; Ctrl-C stops one, Ctrl-D leaves, /help lists the commands.
+
 A question from a pipe is answered on stdout, and that is all:
 
   echo "What is the capital of France?" | octavo chat
@@ -278,22 +280,23 @@ def _read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:
     return system, [{"role": each["role"], "content": each["content"]} for each in messages if each["role"] != "system"]
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="octavo chat",
-        usage="%(prog)s [options]",
-        description=DESCRIPTION,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=124),
-        allow_abbrev=False,
+        prog="octavo chat", usage="%(prog)s [flags]", description=DESCRIPTION, formatter_class=HelpFormatter, allow_abbrev=False
     )
     where = "where it is served [%(default)s]"
     parser.add_argument("--url", "--base-url", dest="url", default=DEFAULT_URL, metavar="URL", help=where)
     parser.add_argument("--model", metavar="NAME", help="one of its models [the first of /v1/models]")
-    parser.add_argument("--api-key", default="", metavar="KEY", help="[OCTAVO_API_KEY of the environment]")
+    parser.add_argument("--api-key", default="", metavar="KEY", help="the server's key [OCTAVO_API_KEY]")
     parser.add_argument("--system", default="", metavar="TEXT", help="a system message")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token [the model's]")
-    parser.add_argument("--top-p", type=float, metavar="P", help="[the model's]")
+    parser.add_argument("--top-p", type=float, metavar="P", help="share of probability to sample from [the model's]")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="limit of an answer [the rest of the context]")
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.max_tokens is not None and args.max_tokens < 1:
         parser.error(f"--max-tokens must be at least 1, got {args.max_tokens}")

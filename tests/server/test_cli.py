@@ -120,8 +120,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert re.fullmatch(r"octavo \d+\.\d+\.\d+\n", capsys.readouterr().out)
     assert run(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(f"octavo {name} " in text for name in ("serve", "chat", "bench", "plan"))
+    assert "octavo COMMAND --help" in capsys.readouterr().out
 
 
 def test_the_command_itself_starts_light() -> None:
