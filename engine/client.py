@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import msgspec
-
 from engine.config import EarlierLife
 from engine.engine_connection import EngineConnection
 from engine.errors import EngineUnavailable, ModelLoadError, OctavoError, RequestFailed
@@ -410,10 +408,8 @@ class EngineClient:
     def _start_next(self, ready: EngineReady) -> None:
         self._lives.restart()
         self.progress = None
-        self._earlier_stats = msgspec.structs.replace(self.stats, num_running=0)
-        self.stats = msgspec.structs.replace(
-            self.stats, num_running=0, num_waiting=len(self._open.streams), num_referenced_blocks=0
-        )
+        self._earlier_stats = self.stats
+        self.stats = self.stats.between_engines(len(self._open.streams))
         if self._restart is not None:
             self._restart.cancel()
         self._restart = asyncio.create_task(self._restart_engine(ready))

@@ -20,54 +20,12 @@ from engine.request import Request
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.scheduler import Scheduler
 from engine.step import BAD_TOKEN, PendingOutput, Runner, SchedulerOutput
+from engine.step_clock import StepClock
 
 if TYPE_CHECKING:
     from engine.grammar import Grammar, MaskedRows, MaskMaker, Matcher
 
 logger = logging.getLogger(__name__)
-
-
-class StepClock:
-    """When the device will want its next step, so that a long one is followed by a step planned late, which takes in what has
-    arrived until then.
-
-    Steps of about the same number of tokens take about the same time: what the last one took is expected of the next, less a
-    quarter. Planning and launching takes the host `_launch_s`, a moving average, and gets twice that. Short steps are planned
-    at once: a host's clock is no match for them, and there is little to gain.
-    """
-
-    MARGIN_S = 0.002
-    SHORT_S = 0.012
-
-    def __init__(self) -> None:
-        self._durations: dict[int, float] = {}  # by tokens // 64
-        self._launch_s = 0.005
-        self._running: deque[int] = deque()  # tokens of the steps in flight
-        self._started_s = 0.0  # when the oldest of them began
-
-    def launched(self, num_tokens: int, host_s: float) -> None:
-        if not self._running:
-            self._started_s = time.monotonic()
-        self._running.append(num_tokens)
-        self._launch_s += 0.1 * (host_s - self._launch_s)
-
-    def withdrawn(self) -> None:
-        """The step launched last does not run after all."""
-        self._running.pop()
-
-    def finished(self) -> None:
-        """The oldest step has ended, and the next one, if there is one, has begun."""
-        now = time.monotonic()
-        self._durations[self._running.popleft() // 64] = now - self._started_s
-        self._started_s = now
-
-    def spare_s(self) -> float:
-        """Time that may pass before the next step must be planned."""
-        expected_s = self._durations.get(self._running[0] // 64, 0.0) if self._running else 0.0
-        if expected_s < self.SHORT_S:
-            return 0.0
-        due_s = self._started_s + 0.75 * expected_s - 2 * self._launch_s - self.MARGIN_S
-        return max(0.0, due_s - time.monotonic())
 
 
 class EngineCore:
@@ -97,7 +55,6 @@ class EngineCore:
         self._mask_maker: MaskMaker | None = None
         self._mask_thread = ThreadPoolExecutor(1, "masks")
         self._in_flight: deque[PendingOutput] = deque()
-        self._step_seconds = 0.0
         self._clock = StepClock()
         self._recorder: FlightRecorder | None = None
         self._crash_point: ArmedCrashPoint | None = None
@@ -244,7 +201,6 @@ class EngineCore:
                 plan = None
         if self._in_flight and (plan is None or len(self._in_flight) > self._pipeline_depth):
             outputs += self._take_result()
-        self._step_seconds += time.monotonic() - started
         return outputs
 
     def _take_result(self) -> list[RequestOutput]:
@@ -305,8 +261,16 @@ class EngineCore:
         return self._runner.idle()
 
     def stats(self) -> EngineStats:
-        """The scheduler's gauges and counters with the time spent in steps."""
-        return msgspec.structs.replace(self._scheduler.stats(), step_seconds=self._step_seconds)
+        """The scheduler's gauges and counters, with the requests that wait for their grammars, and the steps' histograms."""
+        stats = self._scheduler.stats()
+        num_compiling = sum(message.sampling.n for message, _ in self._compiling.values())
+        return msgspec.structs.replace(
+            stats,
+            num_waiting=stats.num_waiting + num_compiling,
+            num_deferred=stats.num_deferred + num_compiling,
+            step_time=self._clock.step_time.counts(),
+            step_tokens=self._clock.step_tokens.counts(),
+        )
 
     def close(self) -> None:
         """End what runs beside the loop."""

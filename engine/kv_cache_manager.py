@@ -93,11 +93,15 @@ class KVCacheManager:
 
     # -- prefix hits ------------------------------------------------------------------------------------------------
 
+    def reads_prefix(self, request: Request) -> bool:
+        """Whether a request's prompt is looked up in the cache: not where something of each of its positions is wanted."""
+        return self.enable_prefix_caching and not request.wants_prompt_logprobs and request.pooling != "mean"
+
     def find_prefix(self, request: Request) -> PrefixHit | None:
         """The longest cached prefix, leaving at least one token to compute; None: the next block is being computed by
         another request right now, so wait for it."""
         empty = PrefixHit(0, tuple([] for _ in self.groups))
-        if not self.enable_prefix_caching or request.wants_prompt_logprobs or request.pooling == "mean":
+        if not self.reads_prefix(request):
             return empty
         hashes = self._hashes(request)[: (request.num_tokens - 1) // self.block_size]
         num_blocks = self._longest_hit(hashes)

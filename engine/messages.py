@@ -12,6 +12,7 @@ import msgspec
 
 from engine.config import EngineConfig
 from engine.errors import ERROR_CLASSES, OctavoError
+from engine.histogram import HistogramCounts
 from engine.sampling_params import SamplingParams
 
 Pooling = Literal["mean", "last"]
@@ -199,30 +200,64 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, 
     num_preemptions: int = 0
 
 
+STEP_TIME_BOUNDS_S = (
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5, 10,
+)  # fmt: skip
+STEP_TOKENS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class DeviceUsage(msgspec.Struct, frozen=True):
+    """What there is of a device, and what of it is in use. name: as torch names it. utilization: 0 to 1, None where the driver
+    does not say."""
+
+    name: str
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilization: float | None = None
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges of now and counters since the engine process started."""
+    """Gauges of now, and counters since the engine process started.
+
+    num_waiting: those that wait for something else than room in a step are in num_deferred too. num_cached_blocks: free, and
+    to be found again. prefix_query_tokens: prompt tokens looked up in the prefix cache. computed_tokens: through the model.
+    recomputed_tokens: of those, once more after a preemption or for an engine that died. step_time: seconds, by
+    STEP_TIME_BOUNDS_S; step_tokens: by STEP_TOKENS_BOUNDS. resident_bytes, cpu_seconds: of the engine process.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0
     num_blocks: int = 0
     num_referenced_blocks: int = 0
     num_cached_blocks: int = 0
+    resident_bytes: int = 0
+    devices: list[DeviceUsage] = []
     steps: int = 0
-    step_seconds: float = 0.0
+    step_time: HistogramCounts = HistogramCounts()
+    step_tokens: HistogramCounts = HistogramCounts()
     computed_tokens: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    prefix_query_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    cpu_seconds: float = 0.0
 
     def after(self, earlier: EngineStats) -> EngineStats:
         """With the counters of the engines before this one added."""
         sums = {name: getattr(earlier, name) + getattr(self, name) for name in _COUNTERS}
         return msgspec.structs.replace(self, **sums)
 
+    def between_engines(self, num_waiting: int) -> EngineStats:
+        """After the engine's death: its counters, and so many choices that wait for the next one."""
+        counters = {name: getattr(self, name) for name in (*_COUNTERS, "num_blocks")}
+        return EngineStats(num_waiting=num_waiting, num_deferred=num_waiting, **counters)
 
-_COUNTERS = tuple(name for name in EngineStats.__struct_fields__ if not name.startswith("num_"))
+
+# From `steps` on.
+_COUNTERS = EngineStats.__struct_fields__[EngineStats.__struct_fields__.index("steps") :]
 
 
 class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):

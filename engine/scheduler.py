@@ -89,11 +89,13 @@ class Scheduler:
         # place for it and have had no token since.
         self._admits = True
         self._did_not_fit: set[Request] = set()
+        self._num_prefix_waits = 0  # at the last admission: for a prefix that another request was computing
         self._counts = dict.fromkeys(
             (
                 "computed_tokens",
                 "prompt_tokens",
                 "cached_prompt_tokens",
+                "prefix_query_tokens",
                 "generation_tokens",
                 "preemptions",
                 "recomputed_tokens",
@@ -270,11 +272,13 @@ class Scheduler:
         """Start waiting requests in the order of the queue. One whose prefix is being computed by another waits, and does not
         hold up those behind it; one for which there are no pages does."""
         skipped: list[Request] = []
+        self._num_prefix_waits = 0
         while self._waiting and budget > 0 and self._free_slots:
             request = self._waiting.pop()
             hit = self.kv_cache.find_prefix(request)
             if hit is None:
                 skipped.append(request)
+                self._num_prefix_waits += 1
                 continue
             # Each running request may soon want another page; starting one more is no use if that preempts it again.
             if not self.kv_cache.can_admit(request, hit, reserve_blocks=len(self._running)):
@@ -301,9 +305,11 @@ class Scheduler:
         if first_time:
             request.first_scheduled_time_s = time.monotonic()
             request.num_cached_tokens = min(hit.num_tokens, request.num_prompt_tokens)
+        if first_time and not request.num_output_tokens:
             self._counts["prompt_tokens"] += request.num_prompt_tokens
             self._counts["cached_prompt_tokens"] += request.num_cached_tokens
-        else:
+            self._counts["prefix_query_tokens"] += request.num_prompt_tokens * self.kv_cache.reads_prefix(request)
+        else:  # preempted, or begun by an engine that died
             self._counts["recomputed_tokens"] += request.num_tokens - hit.num_tokens
         self._start(request)
         flight.step.new_rows.append(self._new_row(request))
@@ -567,10 +573,13 @@ class Scheduler:
     # -- what others may know ---------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Gauges and counters of now; the core adds its step times."""
+        """Gauges and counters of now; the core adds its steps' histograms."""
+        num_waiting = sum(len(choices) for choices in self._by_id.values()) - len(self._running)
+        num_queued = len(self._waiting)  # the others wait for their sibling's prompt, or for a step in flight
         return EngineStats(
             num_running=len(self._running),
-            num_waiting=sum(len(choices) for choices in self._by_id.values()) - len(self._running),
+            num_waiting=num_waiting,
+            num_deferred=num_waiting - num_queued + min(self._num_prefix_waits, num_queued),
             num_blocks=self.kv_cache.num_blocks,
             num_referenced_blocks=self.kv_cache.num_referenced_blocks,
             num_cached_blocks=self.kv_cache.num_cached_blocks,

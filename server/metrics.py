@@ -34,7 +34,6 @@ _COUNTERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("recomputed_tokens", "Tokens computed again after preemption.", lambda s: s.recomputed_tokens),
     ("engine_computed_tokens", "Tokens that went through the model.", lambda s: s.computed_tokens),
     ("engine_steps", "Engine steps.", lambda s: s.steps),
-    ("engine_step_seconds", "Time spent in engine steps.", lambda s: s.step_seconds),
 )
 
 

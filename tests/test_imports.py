@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower layers first and, within a layer, in the order in which files may see each other: a file imports only what stands before
 # it. A package stands for all its files. A new file of the engine gets its place here and in the architecture page.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "L0": ("errors", "config", "sampling_params", "messages", "step"),
+    "L0": ("errors", "config", "sampling_params", "histogram", "messages", "step"),
     "L1": (
         "flight_recorder",
         "crash_points",
@@ -23,6 +23,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "memory_plan",
         "host_memory",
         "model_cache",
+        "weight_files",
+        "hub_errors",
+        "hub_download",
+        "hub",
         "framed_process",
         "chat_template",
         "detokenizer",
@@ -63,7 +67,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "step_results",
         "model_runner",
     ),
-    "L4": ("core", "build", "process"),
+    "L4": ("step_clock", "core", "build", "process"),
     "L5": (
         "watchdog",
         "supervisor",
@@ -99,6 +103,7 @@ SEEN_BY_SERVER = {
     "request_stream",
     "config",
     "sampling_params",
+    "histogram",
     "messages",
     "errors",
     "tokenizer",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from engine import core
-from engine.core import StepClock
+from engine import step_clock
+from engine.step_clock import StepClock
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     time = [100.0]
-    monkeypatch.setattr(core.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr(step_clock.time, "monotonic", lambda: time[0])
     return time
 
 
