@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ MEMORY_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Limits:
+class EngineLimits:
     """What the configuration leaves to the device: its defaults, resolved."""
 
     device: torch.device
@@ -82,8 +83,28 @@ class _Phases:
         self.seconds[name] = round(time.monotonic() - started, 3)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """A model with its pages, ready to run: all of an engine but its core. The scheduler decides what it computes."""
+
+    folder: Path
+    runner: ModelRunner
+    groups: tuple[KVGroupSpec, ...]
+    kv_plan: KVPlan
+    limits: EngineLimits
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    ready: EngineReady
+
+
 def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, EngineReady]:
-    """Load the model that `config` names. Raises OctavoError where it, or the context asked for, cannot be served."""
+    """The engine of the model that `config` names. Raises OctavoError where it, or the context asked for, cannot be served."""
+    engine = load_engine(config, report)
+    return _build_core(config, engine), engine.ready
+
+
+def load_engine(config: EngineConfig, report: Report) -> LoadedEngine:
+    """Load the model that `config` names. Raises as `build_engine`."""
     phases = _Phases(report)
     limits = _limits(config)
     earlier = config.earlier
@@ -91,8 +112,9 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
     free_device_bytes = _wait_for_memory(config, limits, phases) if limits.on_gpu else 0
     kernels = _load_kernels(config, limits, phases)
     with phases.phase("resolve", config.model.model):
-        folder = resolve_model(config.model, report)
-        hf_config = read_config(folder, trust_remote_code=config.model.trust_remote_code)
+        read = partial(read_config, trust_remote_code=config.model.trust_remote_code)
+        folder = resolve_model(config.model, report, check_config=read)
+        hf_config = read(folder)
         dtype = resolve_dtype(config.model.dtype, limits.device, hf_config, has_kernels=kernels is not None)
         kv_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype
     # Before any weight is read: a context that does not fit is refused here.
@@ -122,17 +144,25 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
         backend.allocate(kv_plan.num_blocks)
     with phases.phase("warm up"):
         runner.warm_up()
-    core = _build_core(config, limits, loaded, folder, groups, kv_plan, runner)
     notes = estimate.notes + kv_plan.notes
     if kernels is not None and config.model.quantization == "none":
         notes.append("--quantization int8 makes this CPU faster, at about 0.5% of perplexity (docs/performance.md)")
     ready = _ready(config, limits, loaded, folder, kv_plan, notes, phases.seconds, backend.name)
-    return core, msgspec.structs.replace(ready, free_device_bytes=free_device_bytes)
+    return LoadedEngine(
+        folder=folder,
+        runner=runner,
+        groups=groups,
+        kv_plan=kv_plan,
+        limits=limits,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=tuple(loaded.eos_token_ids),
+        ready=msgspec.structs.replace(ready, free_device_bytes=free_device_bytes),
+    )
 
 
 def _plan_pages(
     config: EngineConfig,
-    limits: _Limits,
+    limits: EngineLimits,
     groups: tuple[KVGroupSpec, ...],
     free_bytes: int,
     context: int,
@@ -151,7 +181,7 @@ def _plan_pages(
     )
 
 
-def _wait_for_memory(config: EngineConfig, limits: _Limits, phases: _Phases) -> int:
+def _wait_for_memory(config: EngineConfig, limits: EngineLimits, phases: _Phases) -> int:
     """Bytes free on the card before anything is loaded. A dead engine's memory comes back some time after its end: as much as
     that one found is waited for, within reason, since others may have taken some meanwhile."""
     free, total = torch.cuda.mem_get_info(limits.device)
@@ -166,7 +196,7 @@ def _wait_for_memory(config: EngineConfig, limits: _Limits, phases: _Phases) -> 
     return free
 
 
-def _build_backend(config: EngineConfig, limits: _Limits, needs: AttentionNeeds, report: Report) -> AttentionBackend:
+def _build_backend(config: EngineConfig, limits: EngineLimits, needs: AttentionNeeds, report: Report) -> AttentionBackend:
     """Without pages yet."""
     requested = config.attention_backend
     if requested == "auto" and not limits.on_gpu and not config.cpu_kernels:
@@ -181,7 +211,7 @@ def _build_backend(config: EngineConfig, limits: _Limits, needs: AttentionNeeds,
 
 def _build_runner(
     config: EngineConfig,
-    limits: _Limits,
+    limits: EngineLimits,
     loaded: LoadedModel,
     backend: AttentionBackend,
     num_groups: int,
@@ -205,7 +235,7 @@ def _build_runner(
 
 def _measure_free_bytes(
     config: EngineConfig,
-    limits: _Limits,
+    limits: EngineLimits,
     shape: ModelShape,
     needs: AttentionNeeds,
     backend: AttentionBackend,
@@ -227,7 +257,7 @@ def _fuse(
     backend: AttentionBackend,
     kernels: CpuKernels | None,
     max_model_len: int,
-    limits: _Limits,
+    limits: EngineLimits,
 ) -> FusedDecoder | NativeDecoder | None:
     """The fused decoder, where device, backend and model have one, with its weights quantized if asked for."""
     with torch.inference_mode():
@@ -263,7 +293,7 @@ def _fuse_on_cpu(
     return native
 
 
-def _load_kernels(config: EngineConfig, limits: _Limits, phases: _Phases) -> CpuKernels | None:
+def _load_kernels(config: EngineConfig, limits: EngineLimits, phases: _Phases) -> CpuKernels | None:
     """The compiled kernels of a CPU, built if need be. Without them everything runs by torch, and the log says why."""
     if limits.on_gpu:
         return None
@@ -275,18 +305,11 @@ def _load_kernels(config: EngineConfig, limits: _Limits, phases: _Phases) -> Cpu
     return None
 
 
-def _build_core(
-    config: EngineConfig,
-    limits: _Limits,
-    loaded: LoadedModel,
-    folder: Path,
-    groups: tuple[KVGroupSpec, ...],
-    kv_plan: KVPlan,
-    runner: ModelRunner,
-) -> EngineCore:
+def _build_core(config: EngineConfig, engine: LoadedEngine) -> EngineCore:
+    limits = engine.limits
     kv_cache = KVCacheManager(
-        groups,
-        kv_plan.num_blocks,
+        engine.groups,
+        engine.kv_plan.num_blocks,
         block_size=config.cache.block_size,
         max_step_tokens=limits.max_num_batched_tokens * (1 + limits.pipeline_depth),
         enable_prefix_caching=config.cache.enable_prefix_caching,
@@ -296,19 +319,19 @@ def _build_core(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_mixed_tokens=limits.max_num_mixed_tokens,
-        max_model_len=kv_plan.max_model_len,
+        max_model_len=engine.kv_plan.max_model_len,
     )
     return EngineCore(
         scheduler,
-        runner,
-        vocab_size=loaded.vocab_size,
-        eos_token_ids=frozenset(loaded.eos_token_ids),
+        engine.runner,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=frozenset(engine.eos_token_ids),
         pipeline_depth=limits.pipeline_depth,
-        grammars=GrammarCompiler(GrammarSetup(str(folder), loaded.vocab_size, loaded.eos_token_ids)),
+        grammars=GrammarCompiler(GrammarSetup(str(engine.folder), engine.vocab_size, list(engine.eos_token_ids))),
     )
 
 
-def _limits(config: EngineConfig) -> _Limits:
+def _limits(config: EngineConfig) -> EngineLimits:
     """Raises ConfigError where a device is asked for that is not there, or the limits contradict each other."""
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
@@ -334,7 +357,7 @@ def _limits(config: EngineConfig) -> _Limits:
             param="max_num_mixed_tokens",
         )
     depth = scheduler.pipeline_depth
-    return _Limits(
+    return EngineLimits(
         device=torch.device("cuda" if on_gpu else "cpu"),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -354,7 +377,7 @@ def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
         return cores
 
 
-def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtype: torch.dtype, limits: _Limits) -> int:
+def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtype: torch.dtype, limits: EngineLimits) -> int:
     """Memory for KV pages, told before the weights are loaded: the same arithmetic as `octavo plan`."""
     weights, _ = weights_of(
         folder,
@@ -381,13 +404,15 @@ def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtyp
     )
 
 
-def _graph_bytes(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, limits: _Limits) -> int:
+def _graph_bytes(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, limits: EngineLimits) -> int:
     if not config.cuda_graphs:
         return 0
     return graph_bytes(shape, max_num_seqs=limits.max_num_seqs, bytes_per_element=dtype.itemsize)
 
 
-def _bytes_after_profile(config: EngineConfig, shape: ModelShape, dtype: torch.dtype, limits: _Limits, step_bytes: int) -> int:
+def _bytes_after_profile(
+    config: EngineConfig, shape: ModelShape, dtype: torch.dtype, limits: EngineLimits, step_bytes: int
+) -> int:
     """Memory for KV pages, from what the card says is free with the weights on it, and what a step was seen to take."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(limits.device)
@@ -404,7 +429,7 @@ def _bytes_after_profile(config: EngineConfig, shape: ModelShape, dtype: torch.d
 
 def _ready(
     config: EngineConfig,
-    limits: _Limits,
+    limits: EngineLimits,
     loaded: LoadedModel,
     folder: Path,
     kv_plan: KVPlan,
