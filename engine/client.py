@@ -407,6 +407,8 @@ class EngineClient:
 
     def _start_next(self, ready: EngineReady) -> None:
         self._lives.restart()
+        for stream in self._open.streams.values():
+            stream.engine_died()
         self.progress = None
         self._earlier_stats = self.stats
         self.stats = self.stats.between_engines(len(self._open.streams))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
@@ -52,12 +53,13 @@ class Choice:
     """What the frontend knows of one choice: its text so far lives in the detokenizer. token_ids: its output so far, for an
     engine that is to go on with it (four bytes each; as a list they would take nine times that)."""
 
-    __slots__ = ("detokenizer", "finished", "token_ids")
+    __slots__ = ("detokenizer", "finished", "num_preemptions", "token_ids")
 
     def __init__(self, detokenizer: Detokenizer) -> None:
         self.detokenizer = detokenizer
         self.token_ids = array("i")
         self.finished = False
+        self.num_preemptions = 0
 
 
 class RequestStream:
@@ -68,6 +70,9 @@ class RequestStream:
 
     shortcut: takes what is new in the reader's place, without waking its task, while that waits and the stream goes on. It
     returns what the reader then has to await first, or None; what it raises, the reader gets.
+
+    events: (what, time.monotonic()) of what held the request up: "preemption", told by the first token after it, "engine_died",
+    and "replay", when the next engine was given it.
 
     Raises RequestFailed or EngineUnavailable where the engine gave up. Leaving the `async with` aborts what is unfinished.
     """
@@ -83,6 +88,8 @@ class RequestStream:
         self.request_id = message.request_id
         self.num_prompt_tokens = len(message.prompt_token_ids)
         self.finished = False
+        self.events: list[tuple[str, float]] = []
+        self._has_lost_engine = False
         self._message = message
         self.shortcut: Callable[[list[ChoiceDelta]], Awaitable[None] | None] | None = None
         self._choices = choices
@@ -121,7 +128,9 @@ class RequestStream:
             delta.num_cached_tokens = output.num_cached_tokens
             delta.queue_s, delta.prefill_s = output.queue_s, output.prefill_s
             delta.embedding = output.embedding
-        delta.num_preemptions = output.num_preemptions
+        if output.num_preemptions:
+            delta.num_preemptions = output.num_preemptions
+            self._note_preemptions(choice, output.num_preemptions)
         if delta.finish_reason is not None:
             choice.finished = True
             self._num_unfinished -= 1
@@ -133,6 +142,11 @@ class RequestStream:
         else:
             self._news.append(delta)
         return output.choice_index if stopped and output.finish_reason is None else None
+
+    def _note_preemptions(self, choice: Choice, number: int) -> None:
+        if number > choice.num_preemptions:
+            self.events.append(("preemption", time.monotonic()))
+        choice.num_preemptions = number  # the next engine begins again at 0
 
     def _read(
         self, choice: Choice, output: RequestOutput, token_ids: list[int], logprobs: list[TokenLogprobs] | None
@@ -154,6 +168,8 @@ class RequestStream:
         AddRequest."""
         token_ids = [choice.token_ids.tolist() for choice in self._choices]
         has_tokens = any(token_ids)
+        if self._has_lost_engine:
+            self.events.append(("replay", time.monotonic()))
         return msgspec.structs.replace(
             self._message,
             output_token_ids=token_ids if has_tokens else [],
@@ -161,6 +177,11 @@ class RequestStream:
             first_token_deadline_s=None if has_tokens else self._message.first_token_deadline_s,
             alone=alone,
         )
+
+    def engine_died(self) -> None:
+        """The engine that was to compute this is gone; `replay` is for the next one."""
+        self._has_lost_engine = True
+        self.events.append(("engine_died", time.monotonic()))
 
     def deadlines(self) -> list[tuple[str, float]]:
         """(kind, time.monotonic()) of those that still hold."""

@@ -1,10 +1,7 @@
-"""Plain ASGI in front of the application: API keys, request ids, and headers that keep browsers from guessing."""
+"""Plain ASGI in front of the application: API keys, and headers that keep browsers from guessing."""
 
 from __future__ import annotations
 
-import logging
-import re
-import secrets
 from collections.abc import Callable, Collection, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -13,19 +10,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.errors import OctavoError
 from server.errors import Forbidden, NotFound, Unauthorized, octavo_error_response
 from server.keys import ADMIN, API, METRICS, ApiKey, KeyRing
-
-logger = logging.getLogger("octavo.server")
+from server.request_record import current
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-REQUEST_ID_HEADER = "X-Request-Id"
-SEND_BODY = "octavo.send_body"
-"""Key in the scope: a way to send for messages after the first, past the layers that only look at that one."""
 API_KEY = "octavo.api_key"
 """Key in the scope: the ApiKey that the request brought; None where the server has none."""
 TENANT = "octavo.tenant"
 """Key in the scope: whose computed prompt beginnings the request may share; empty where all share them."""
 
-MAX_LOGGED_PATH = 200
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 ResponseObserver = Callable[[str, int], None]
@@ -46,7 +38,7 @@ def cache_salt(scope: Scope, given: str) -> str:
 
 class Access:
     """Refuses requests without a key of `keys` that is good for their path (no keys: everybody is welcome), and those that a
-    browser sends for a page elsewhere, unless that is one of `origins`. Puts X-Request-Id on every response.
+    browser sends for a page elsewhere, unless that is one of `origins`.
 
     isolate: prompt pages are shared only among requests of one key id. policies: the Content-Security-Policy of each page. The
     path compared is the one that routing uses, not a URL put together from headers that the client chooses.
@@ -74,17 +66,15 @@ class Access:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        given_id = headers.get(REQUEST_ID_HEADER, "")
-        request_id = given_id if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given_id) else secrets.token_hex(16)
         app = self._app
         key = self._keys.find(_bearer(headers)) if self._keys else None
         key_id = key.id if key else "invalid" if self._keys and scope["path"] not in OPEN_PATHS else ""
+        current().key_id = key_id
         policy = self._policies.get(scope["path"])
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 added = MutableHeaders(scope=message)
-                added[REQUEST_ID_HEADER] = request_id
                 added["X-Content-Type-Options"] = "nosniff"
                 if policy is not None:
                     added["Content-Security-Policy"] = policy
@@ -92,17 +82,12 @@ class Access:
                 self._observe(key_id, message["status"])
             await send(message)
 
-        scope[SEND_BODY] = send
         scope[API_KEY] = key
         scope[TENANT] = key.id if key and self._isolate else ""
         try:
             self._check(scope, headers, key)
         except OctavoError as error:
             app = octavo_error_response(error)
-        if self._keys and scope["path"] not in OPEN_PATHS:
-            outcome = "refused" if app is not self._app else "key"
-            path = ascii(scope["path"][:MAX_LOGGED_PATH])
-            logger.info("%s: %s %s, %s %s", request_id, outcome, key_id, scope["method"], path)
         await app(scope, receive, send_with_headers)
 
     def _check(self, scope: Scope, headers: Headers, key: ApiKey | None) -> None:

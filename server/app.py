@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp
 from engine.client import EngineClient
 from engine.errors import OctavoError
 from server import errors, openapi
-from server.access import REQUEST_ID_HEADER, Access
+from server.access import Access
 from server.admission import Admission
 from server.api import admin, chat, completions, embeddings, health, models, responses, tokenize
 from server.api.body import IGNORED_FIELDS_HEADER, BodyLimits
@@ -33,12 +34,15 @@ from server.limits import limited_protocol
 from server.metrics import Metrics
 from server.metrics_server import create_metrics_app, listen_for_metrics
 from server.pages import DOCS_PAGE, page_policies
+from server.request_log import REQUEST_ID_HEADER, RequestLog, Tracer
 from server.state import ServerState
 from server.tls import tls_context
 
 logger = logging.getLogger("octavo.server")
 
 OnDrain = Callable[[], None]
+# FastAPI's own would follow OTEL_ variables unasked, and send the messages of exceptions.
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 
 
 def create_app(
@@ -48,16 +52,19 @@ def create_app(
     keys: KeyRing | None = None,
     drain: Drain | None = None,
     on_drain: OnDrain | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The application. It may be served before the engine is ready: requests get a 503 that says how far it is.
 
     keys: those of the configuration, read; None reads them. drain: how far its end has come. on_drain: what /admin/drain does.
-    Raises ConfigError.
+    tracer: None where nothing is traced. Raises ConfigError.
     """
     keys = config.read_keys() if keys is None else keys
     drain = drain or Drain()
     state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats), drain)
-    app = FastAPI(title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY
+    )
     for module in (
         completions,
         chat,
@@ -73,7 +80,7 @@ def create_app(
     app.state.metrics = state.metrics
     app.add_middleware(Admission, limit=config.max_open_requests, backlog=state.backlog)
     app.add_middleware(DrainGate, drain=drain)
-    _guard(app, config, keys, state.metrics)
+    _guard(app, config, keys, state.metrics, tracer)
     app.add_exception_handler(OctavoError, errors.on_octavo_error)
     app.add_exception_handler(HTTPException, errors.on_http_exception)
     app.add_exception_handler(errors.ClientDisconnected, errors.on_disconnect)
@@ -84,7 +91,7 @@ def create_app(
     return app
 
 
-def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics) -> None:
+def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics, tracer: Tracer | None) -> None:
     """The layers that look first, and so are added last: strangers are not counted, and preflights bring no keys."""
     app.add_middleware(
         Access,
@@ -94,6 +101,7 @@ def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics) 
         policies=page_policies(),
         observe=metrics.observe_response,
     )
+    app.add_middleware(RequestLog, tracer=tracer)
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -20,6 +20,7 @@ from engine.errors import (
     Overloaded,
     RequestFailed,
 )
+from server.request_record import current
 
 logger = logging.getLogger("octavo.server")
 
@@ -93,13 +94,20 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 def error_event_body(error: Exception) -> bytes:
     """The same for an error in the middle of a stream. What is no OctavoError is a bug: logged, and told without details."""
+    note_error(error)
     if isinstance(error, OctavoError):
         return error_body(error.message, status_and_type(error)[1], error.param, error.code)
     logger.error("a stream ended by an internal error", exc_info=error)
     return error_body("The server met an internal error.", "server_error", code="internal_error")
 
 
+def note_error(error: BaseException) -> None:
+    """Write down what the request that is worked for ended with."""
+    current().error = error.code or "server_error" if isinstance(error, OctavoError) else "internal_error"
+
+
 def octavo_error_response(error: OctavoError) -> Response:
+    note_error(error)
     status, kind = status_and_type(error)
     headers: Mapping[str, str] = {}
     if status in _RETRY_AFTER_S:
@@ -120,12 +128,14 @@ async def on_http_exception(_request: Request, error: Exception) -> Response:
     """Wrong paths and methods, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     message, code = _HTTP_MESSAGES.get(error.status_code, ("The request was refused.", "invalid_request"))
+    current().error = code
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     body = error_body(message, kind, code=code)
     return Response(body, error.status_code, headers=error.headers, media_type="application/json")
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:
+    current().error = "client_disconnected"
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

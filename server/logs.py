@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import logging
 import traceback
-from types import TracebackType
 
-_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
-_TIME_FORMAT = "%H:%M:%S"
-
-ExceptionInfo = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+from engine.logs import ExceptionInfo, LogConfig, LogFormat, full_traceback
+from engine.logs import set_up_logging as set_up
+from server.request_record import log_context
 
 
-class QuietFormatter(logging.Formatter):
-    """Writes where an exception came from and of which class it is, not its message: many quote the value they met."""
-
-    def formatException(self, ei: ExceptionInfo) -> str:  # noqa: N802: logging's name
-        lines: list[str] = []
-        error = ei[1]
-        while error is not None:
-            where = traceback.format_tb(error.__traceback__)
-            lines = [*where, f"{type(error).__module__}.{type(error).__qualname__}\n", *lines]
-            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-        return "".join(lines).rstrip("\n")
+def quiet_traceback(info: ExceptionInfo) -> str:
+    """Where an exception came from and of which class it is, not its message: many quote the value they met."""
+    lines: list[str] = []
+    error = info[1]
+    while error is not None:
+        where = traceback.format_tb(error.__traceback__)
+        lines = [*where, f"{type(error).__module__}.{type(error).__qualname__}\n", *lines]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "".join(lines).rstrip("\n")
 
 
-def set_up_logging(level: str, *, log_prompts: bool = False) -> None:
+def set_up_logging(level: str, *, log_format: LogFormat = "human", log_prompts: bool = False) -> None:
     """level: a name of logging's, in any case. log_prompts: messages of exceptions may be written too."""
-    handler = logging.StreamHandler()
-    formatter = logging.Formatter if log_prompts else QuietFormatter
-    handler.setFormatter(formatter(_FORMAT, _TIME_FORMAT))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    describe = full_traceback if log_prompts else quiet_traceback
+    set_up(LogConfig(level, log_format), "frontend", context=log_context, describe=describe)
     for name in ("uvicorn", "sse_starlette", "asyncio"):  # their debug lines would hold what clients write
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -17,7 +17,6 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from engine.sampling_params import MAX_SEED
-from server.access import REQUEST_ID_HEADER
 from server.api.body import IGNORED_FIELDS_HEADER
 from server.api.chat_request import ChatRequest
 from server.api.chat_types import ChatChunk, ChatCompletion
@@ -32,6 +31,7 @@ from server.api.time_limits import FIRST_TOKEN_TIMEOUT_HEADER, MAX_TIMEOUT_S, TI
 from server.api.tokenize import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from server.openapi_examples import ANSWERS, REQUESTS, STREAMS
 from server.openapi_fields import FIELDS, TYPES
+from server.request_log import REQUEST_ID_HEADER
 
 OPENAPI_VERSION = "3.2.0"
 DESCRIPTION = """\

@@ -12,9 +12,9 @@ from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
-from server.access import SEND_BODY
 from server.disconnect import unless_disconnected
 from server.errors import ClientDisconnected
+from server.request_log import SEND_BODY
 
 DONE = b"data: [DONE]\n\n"
 PING_INTERVAL_S = 5

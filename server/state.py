@@ -12,6 +12,7 @@ from server.backlog import Backlog
 from server.config import ServerConfig
 from server.drain import Drain
 from server.metrics import Metrics
+from server.request_record import current
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class ServerState:
     def resolve_model(self, name: str | None) -> str:
         """The name to answer with; the first one for a request that names none. Raises ModelNotFound."""
         names = self.config.model_names
-        if name is None:
-            return names[0]
-        if name in names:
-            return name
-        raise ModelNotFound(f"This server does not serve the model asked for; it serves {', '.join(names)}.", param="model")
+        known = names[0] if name is None else name
+        if known not in names:
+            sentence = f"This server does not serve the model asked for; it serves {', '.join(names)}."
+            raise ModelNotFound(sentence, param="model")
+        current().model = known
+        return known

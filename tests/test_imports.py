@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Lower layers first and, within a layer, in the order in which files may see each other: a file imports only what stands before
 # it. A package stands for all its files. A new file of the engine gets its place here and in the architecture page.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "L0": ("errors", "config", "sampling_params", "histogram", "messages", "step"),
+    "L0": ("errors", "logs", "config", "sampling_params", "histogram", "messages", "step"),
     "L1": (
         "flight_recorder",
         "crash_points",
@@ -69,6 +69,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "L4": ("step_clock", "core", "build", "process"),
     "L5": (
+        "log_relay",
         "watchdog",
         "supervisor",
         "request_stream",
@@ -113,6 +114,7 @@ SEEN_BY_SERVER = {
     "host_memory",
     "model_cache",
     "framed_process",
+    "logs",
 }
 HEAVY = {"torch", "transformers"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import logging
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -27,9 +26,8 @@ from server.api.sampling import Integer, Priority, truncate_prompt
 from server.api.time_limits import TimeLimit
 from server.backlog import Ticket, Work
 from server.disconnect import unless_disconnected
+from server.request_record import RequestRecord, current
 from server.state import ServerState
-
-logger = logging.getLogger("octavo.server")
 
 FOREIGN_IDS_HINT = (
     "They look like another tokenizer's: LangChain's OpenAIEmbeddings sends OpenAI's unless it is made with "
@@ -120,7 +118,7 @@ async def _tokenize(state: ServerState, body: EmbeddingRequest) -> list[list[int
         param="input",
         hint=FOREIGN_IDS_HINT,
     )
-    log_prompts(state, "embeddings", prompts)
+    log_prompts(state, prompts)
     inputs = [truncate_prompt(prompt.token_ids, body.truncate_prompt_tokens, 0, None, ready) for prompt in prompts]
     _check_lengths(inputs, ready)
     return inputs
@@ -143,6 +141,8 @@ async def _answer(
     """All inputs at once, each made ready as it comes. Raises the first error of any; none is left running then."""
     reason = "abort"
     num_tokens = sum(map(len, inputs))
+    record = current()
+    record.num_prompts, record.prompt_tokens = len(inputs), num_tokens
     deadline_s = body.deadlines(arrival, state.config).whole_s
     tickets = state.backlog.enter([Work(1, len(token_ids)) for token_ids in inputs], state.require_ready())
     try:
@@ -151,6 +151,7 @@ async def _answer(
             for index, (token_ids, ticket) in enumerate(zip(inputs, tickets, strict=True))
         ]
         results = await _all_or_none(works)
+        _write_down(record, [embedding for embedding, _ in results])
         reason = "stop"
     except Exception as error:
         reason = "error"
@@ -165,13 +166,20 @@ async def _answer(
             state.metrics.observe_finish(reason)
         if reason == "stop":
             state.metrics.observe_request(seconds, num_tokens, 0)
-        logger.info("embeddings %s: %d inputs, %d tokens, %.2f s", reason, len(inputs), num_tokens, seconds)
+        record.finish_reasons = [reason]
     usage = EmbeddingUsage(num_tokens, num_tokens)
     if body.explain:
         usage.octavo = _explain([embedding for embedding, _ in results], arrival)
     # The items are JSON already: thousands of vectors, written at once, would hold up the streams.
     data = cast("list[EmbeddingItem]", [item for _, item in results])
     return EmbeddingList(data=data, model=model, usage=usage)
+
+
+def _write_down(record: RequestRecord, embeddings: list[Embedding]) -> None:
+    """For the request's line in the log."""
+    record.cached_tokens = sum(embedding.num_cached_tokens for embedding in embeddings)
+    record.queue_s = max(embedding.queue_s or 0.0 for embedding in embeddings)
+    record.prefill_s = max(embedding.prefill_s or 0.0 for embedding in embeddings)
 
 
 async def _embed(
@@ -189,6 +197,8 @@ async def _embed(
         raise type(error)(error.message, param="input", code=error.code) from None
     finally:
         ticket.close()
+    if embedding.queue_s is not None and embedding.prefill_s is not None:
+        current().add_phases(embedding.queue_s, embedding.prefill_s)
     item = EmbeddingItem(index, _unit_vector(embedding.vector, body.dimensions, body.encoding_format))
     return embedding, msgspec.Raw(msgspec.json.encode(item))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
@@ -16,9 +15,8 @@ from engine.sampling_params import SamplingParams
 from server.api.prompt_log import log_prompts
 from server.api.sampling import SamplingRequest
 from server.backlog import Ticket
+from server.request_record import MAX_PHASES, Event, Phases, current
 from server.state import ServerState
-
-logger = logging.getLogger("octavo.server")
 
 TIME_DIGITS = 6
 
@@ -72,7 +70,9 @@ class Generation:
     """The engine requests of one HTTP request, one a prompt; made by `start` once the engine has accepted all of them."""
 
     def __init__(self, request_id: str, state: ServerState, prompts: Sequence[Prompt], arrival: float) -> None:
-        self._request_id = request_id
+        self._record = current()
+        self._record.response_id, self._record.sampling = request_id, prompts[0].sampling
+        self._record.num_prompts = len(prompts)
         self._metrics = state.metrics
         self._backlog = state.backlog
         self._arrival = arrival
@@ -82,6 +82,7 @@ class Generation:
         self._merged: AsyncIterator[tuple[int, list[ChoiceDelta]]] | None = None
         self._streams: list[RequestStream] = []
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        self._record.prompt_tokens = self._num_prompt_tokens
         self._num_output_tokens = 0
         self._num_cached_tokens = 0
         self._num_reasoning_tokens: int | None = None
@@ -94,6 +95,7 @@ class Generation:
         self._finish_reasons: list[str] = []
         self._ttft_s: float | None = None
         self._last_output: dict[tuple[int, int], float] = {}
+        self._phases: dict[int, Phases] = {}
         self._failed = False
         self._closed = False
 
@@ -102,9 +104,9 @@ class Generation:
         cls, state: ServerState, request_id: str, prompts: Sequence[Prompt], body: SamplingRequest, arrival: float
     ) -> Generation:
         """Raises Overloaded, or the engine's refusal of any of the prompts; then none of them is left running."""
-        log_prompts(state, request_id, prompts)
+        log_prompts(state, prompts)
         generation = cls(request_id, state, prompts, arrival)
-        generation._explains = body.explain
+        generation._explains, generation._record.stream = body.explain, body.stream
         stop, deadlines = body.stop_strings(), body.deadlines(arrival, state.config)
         works = [state.backlog.expect(len(prompt.token_ids), prompt.sampling) for prompt in prompts]
         generation._tickets = state.backlog.enter(works, state.require_ready())
@@ -229,21 +231,27 @@ class Generation:
         self._leave_backlog()
         seconds = time.monotonic() - self._arrival
         unfinished = self._num_choices - len(self._finish_reasons)
-        for reason in [*self._finish_reasons, *(["error" if self._failed else "abort"] * unfinished)]:
+        self._finish_reasons += ["error" if self._failed else "abort"] * unfinished
+        for reason in self._finish_reasons:
             self._metrics.observe_finish(reason)
         if not unfinished:
             self._metrics.observe_request(seconds, self._num_prompt_tokens, self._num_output_tokens)
             self._backlog.learn(self._sampling, self._num_output_tokens / self._num_choices)
-        logger.info(
-            "%s %s: %d prompt tokens (%d cached), %d output tokens, first token %s, %.2f s",
-            self._request_id,
-            "failed" if self._failed else "aborted" if unfinished else "done",
-            self._num_prompt_tokens,
-            self._num_cached_tokens,
-            self._num_output_tokens,
-            "never" if self._ttft_s is None else f"after {self._ttft_s:.3f} s",
-            seconds,
-        )
+        self._write_down()
+
+    def _write_down(self) -> None:
+        """For the request's line in the log and its trace."""
+        record = self._record
+        record.cached_tokens, record.output_tokens = self._num_cached_tokens, self._num_output_tokens
+        record.reasoning_tokens = self._num_reasoning_tokens
+        record.queue_s, record.prefill_s, record.ttft_s = self._queue_s, self._prefill_s, self._ttft_s
+        record.finish_reasons, record.preemptions = self._finish_reasons, self._num_preemptions
+        for (prompt_index, _), last_s in self._last_output.items():
+            phases = self._phases.get(prompt_index)
+            if phases is not None and last_s > phases.last_s:
+                self._phases[prompt_index] = phases._replace(last_s=last_s)
+        record.phases = list(self._phases.values())
+        record.events = [Event(*event) for stream in self._streams for event in stream.events]
 
     def _leave_backlog(self) -> None:
         for ticket in self._tickets:
@@ -263,6 +271,8 @@ class Generation:
                 self._num_cached_tokens += delta.num_cached_tokens
                 self._queue_s = _longer(self._queue_s, delta.queue_s)
                 self._prefill_s = _longer(self._prefill_s, delta.prefill_s)
+                if delta.queue_s is not None and delta.prefill_s is not None and len(self._phases) < MAX_PHASES:
+                    self._phases[prompt_index] = Phases(delta.queue_s, delta.prefill_s, now, now)
             if previous is None or delta.token_ids:
                 self._last_output[key] = now
             if not delta.token_ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from server.state import ServerState
 
@@ -20,12 +20,24 @@ class Asked(Protocol):
     def text(self) -> str | None: ...
 
 
-def log_prompts(state: ServerState, request_id: str, prompts: Sequence[Asked]) -> None:
-    """A line a prompt, as a Python literal (so one line it stays); nothing without `log_prompts`."""
+class _LoggedPrompt(NamedTuple):
+    """A Python literal for people, so that one line it stays."""
+
+    text: str
+
+    def sentence(self) -> str:
+        return f"prompt: {self.text!r}"
+
+    def fields(self) -> dict[str, Any]:
+        return {"prompt": self.text}
+
+
+def log_prompts(state: ServerState, prompts: Sequence[Asked]) -> None:
+    """A line a prompt; nothing without the setting of that name."""
     if not state.config.log_prompts:
         return
     for prompt in prompts:
         text = prompt.text
         if text is None:
             text = state.client.tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
-        logger.info("%s prompt: %r", request_id, text)
+        logger.info("prompt", extra={"summary": _LoggedPrompt(text)})

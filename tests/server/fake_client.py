@@ -48,6 +48,7 @@ class FakeStream:
         self._sampling = sampling
         self.num_prompt_tokens = len(prompt)
         self.aborted = False
+        self.events: list[tuple[str, float]] = []
         self._turns = self._run()
 
     def __aiter__(self) -> AsyncIterator[list[ChoiceDelta]]:
