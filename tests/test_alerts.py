@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 RULES = ROOT / "configs" / "alerts.yml"
 SCENES = ROOT / "tests" / "data" / "alerts_test.yml"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+OBSERVABILITY = ROOT / "docs" / "observability.md"
 LIMIT_S = 60
 
 SUMMARIES = {
@@ -113,6 +114,11 @@ def test_every_runbook_is_there(name: str) -> None:
     page, _, anchor = ALERTS[name]["annotations"]["runbook"].partition("#")
     assert ROOT / page == TROUBLESHOOTING
     assert anchor in anchors(TROUBLESHOOTING.read_text(encoding="utf-8"))
+
+
+def test_the_page_lists_them() -> None:
+    listed = re.findall(r"^\| `(Octavo\w+)` \|.*\| (\w+) \|$", OBSERVABILITY.read_text(encoding="utf-8"), re.MULTILINE)
+    assert listed == [(name, alert["labels"]["severity"]) for name, alert in ALERTS.items()]
 
 
 def anchors(text: str) -> set[str]:
