@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from pathlib import Path
 
@@ -33,6 +34,56 @@ def files_key(*paths: Path) -> str:
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether the Hub could have a model of that name, which no file's or folder's name is mistaken for."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.endswith(".gguf")
+
+
+def hub_cache(config: ModelConfig) -> Path:
+    """Where models of the Hub are kept, in the layout that huggingface_hub's other users share: `download_dir`, else theirs."""
+    from huggingface_hub import constants
+
+    return Path(config.download_dir or constants.HF_HUB_CACHE).expanduser()
+
+
+def hub_folder(config: ModelConfig) -> Path:
+    """The part of the Hub's cache for the model that `config` names: blobs, refs, snapshots."""
+    return hub_cache(config) / f"models--{config.model.replace('/', '--')}"
+
+
+def hub_snapshot(config: ModelConfig) -> Path | None:
+    """The folder with the config.json of a Hub model that is in the cache, if it is, whole or not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.model, "config.json", cache_dir=hub_cache(config), revision=config.revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def nearest_in_cache(config: ModelConfig, count: int = 3) -> list[str]:
+    """Hub models in the cache whose names are like the one in `config`, with or without their owner; the nearest first."""
+    folders = sorted(hub_cache(config).glob("models--*/snapshots/*/config.json"))
+    names = {folder.parents[2].name.removeprefix("models--").replace("--", "/", 1) for folder in folders}
+    wanted = config.model.lower()
+    by_form: dict[str, list[str]] = {}
+    for name in sorted(names):
+        for form in {name.lower(), name.lower().rpartition("/")[2]}:
+            by_form.setdefault(form, []).append(name)
+    forms = [wanted, wanted.rpartition("/")[2]]
+    near = [form for part in forms for form in difflib.get_close_matches(part, by_form, n=count, cutoff=0.6)]
+    return list(dict.fromkeys(name for form in near for name in by_form[form]))[:count]
+
+
 def present_folder(config: ModelConfig) -> Path:
     """The folder with the config.json of the model that `config` names, if it is on this machine; nothing is fetched or made.
 
@@ -48,21 +99,10 @@ def present_folder(config: ModelConfig) -> Path:
             raise ModelLoadError(f"{path} has no config.json: give a Hugging Face model folder, a GGUF file or a Hub id")
         folder = path
     else:
-        folder = _hub_folder(config)
+        folder = hub_snapshot(config)
     if folder is None or not (folder / "config.json").is_file():
         raise ModelLoadError(
             f"{config.model} is not on this machine yet, so its sizes are unknown: give a folder with its config.json, or let "
             "`octavo serve` fetch it"
         )
     return folder
-
-
-def _hub_folder(config: ModelConfig) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(config.model, "config.json", cache_dir=config.download_dir, revision=config.revision)
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None

