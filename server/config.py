@@ -31,9 +31,11 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.errors import ConfigError
+from engine.logs import LogConfig, LogFormat
 from server.config_sources import CONFIGS_DIR, ENV_PREFIX, Source, env_source, nearest, shipped_defaults, yaml_source
 from server.flags import Parser, flag_name, make_parser
 from server.keys import KeyRing, read_keys
+from server.otlp import check_tracing
 from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS
 from server.tls import check_tls
 
@@ -144,6 +146,10 @@ class ServerConfig(BaseModel):
     )
     response_store_size: Count = _setting(1024, "server", "answers of /v1/responses kept to go on from", ge=0, le=2**31 - 1)
     log_level: Literal["debug", "info", "warning", "error"] = _setting("info", "observability", "what the log leaves out")
+    log_format: LogFormat = _setting("human", "observability", "json: one object a line, for programs that collect logs")
+    otlp_endpoint: str | None = _setting(
+        None, "observability", "send a trace of every request to this OpenTelemetry collector (http://host:4318)"
+    )
     write_timeout_s: Number = _setting(
         30.0, "limits", "seconds a client may take in nothing of its answer before the request is ended", gt=0, le=86400
     )
@@ -253,6 +259,10 @@ class ServerConfig(BaseModel):
         """The API keys. Raises ConfigError."""
         return read_keys(self.api_key, self.api_key_file)
 
+    def log_config(self) -> LogConfig:
+        """How the engine process logs."""
+        return LogConfig(self.log_level, self.log_format)
+
     def recovery_config(self) -> RecoveryConfig:
         """What the engine's parent goes by. Raises ConfigError where a value is out of range."""
         return RecoveryConfig(**self._fields_of(RecoveryConfig))
@@ -333,6 +343,7 @@ def load_config(argv: Sequence[str], environ: Mapping[str, str], *, command: str
         config.recovery_config()
         config.read_keys()
         check_tls(config.tls_cert, config.tls_key)
+        check_tracing(config.otlp_endpoint)
     except ValidationError as error:
         raise _config_error(error, chosen) from None
     except ConfigError as error:
