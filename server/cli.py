@@ -17,12 +17,15 @@ commands:
   chat               talk in this terminal with a model that is served
   bench              put a server under load, and time its answers
   plan [MODEL]       say what a model takes of the memory, before it is loaded
+  doctor [MODEL]     look at machine, GPU, packages, port and model
+  completion SHELL   print the completions of bash, zsh or fish
 
   octavo COMMAND --help       a command's flags
-  octavo COMMAND --help WORD  those that have to do with a word (serve, plan)
+  octavo COMMAND --help WORD  serve, plan, doctor: those about a word
   octavo --version
 
 first steps:
+  octavo doctor               is this machine fit for it?
   octavo serve                the demo model on http://127.0.0.1:8000
   octavo chat                 and a talk with it, in another terminal"""
 
@@ -74,13 +77,25 @@ def _chat(argv: Sequence[str]) -> int:
     return run_chat(argv)
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    from server.doctor import run_doctor
+
+    return _with_settings(run_doctor, argv)
+
+
 def _bench(argv: Sequence[str]) -> int:
     from server.bench import main as run_bench
 
     return run_bench(argv)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"serve": _serve, "chat": _chat, "bench": _bench, "plan": _plan}
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": _serve,
+    "chat": _chat,
+    "bench": _bench,
+    "plan": _plan,
+    "doctor": _doctor,
+}
 
 
 def _with_settings(command: Callable[[Sequence[str], Mapping[str, str]], int], argv: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ from engine.messages import EngineReady, LoadProgress
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
 from server.drain import Drain
+from server.file_limit import raise_file_limit, wanted_files
 from server.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         with listen(config.host, config.port) as sock:
             setproctitle.setproctitle("octavo: frontend")
+            raise_file_limit(wanted_files(config.max_open_requests))
             set_up_logging(config.log_level, log_prompts=config.log_prompts)
             return uvloop.run(_Service(config, sock, chat_template).run())
     except OctavoError as error:

@@ -67,7 +67,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "step_results",
         "model_runner",
     ),
-    "L4": ("step_clock", "core", "build", "process"),
+    "L4": ("step_clock", "core", "build", "process", "self_check"),
     "L5": (
         "log_relay",
         "watchdog",

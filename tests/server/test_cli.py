@@ -98,6 +98,16 @@ def test_a_taken_port_is_said_before_anything_is_loaded(capsys: pytest.CaptureFi
     assert f"port {port} on 127.0.0.1 is taken" in text and f"--port {port + 1}" in text and text.count("\n") == 1
 
 
+def test_the_limit_of_open_files_is_raised() -> None:
+    code = (
+        "import resource; from server.file_limit import raise_file_limit; kind = resource.RLIMIT_NOFILE\n"
+        "resource.setrlimit(kind, (100, 200)); raise_file_limit(150); print(*resource.getrlimit(kind))\n"
+        "raise_file_limit(120); raise_file_limit(1000); print(*resource.getrlimit(kind))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["150", "200", "200", "200"]
+
+
 def test_listening_where_there_is_nothing_to_listen_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--host", "host.invalid"]) == 1
     assert "host.invalid" in capsys.readouterr().err
