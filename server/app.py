@@ -7,8 +7,8 @@ import contextlib
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,10 +33,14 @@ from server.keys import KeyRing
 from server.limits import limited_protocol
 from server.metrics import Metrics
 from server.metrics_server import create_metrics_app, listen_for_metrics
+from server.otlp import traces_url
 from server.pages import DOCS_PAGE, page_policies
 from server.request_log import REQUEST_ID_HEADER, RequestLog, Tracer
 from server.state import ServerState
 from server.tls import tls_context
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 logger = logging.getLogger("octavo.server")
 
@@ -124,7 +128,19 @@ def _openapi(app: FastAPI, needs_keys: bool) -> dict[str, Any]:
 
 
 class _Server(uvicorn.Server):
-    """Leaves the signals to others: uvicorn raises a caught one again after its drain, and the exit code would be -15."""
+    """Leaves the signals to others: uvicorn raises a caught one again after its drain, and the exit code would be -15.
+
+    on_end: awaited when everything has been answered.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_end: Callable[[], Awaitable[None]] | None = None) -> None:
+        super().__init__(config)
+        self._on_end = on_end
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(sockets)
+        if self._on_end is not None:
+            await self._on_end()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -134,8 +150,14 @@ class _Server(uvicorn.Server):
 class _ServerWithMetrics(_Server):
     """Serves the metrics beside the application, until that has ended: what happens in a drain is seen too."""
 
-    def __init__(self, config: uvicorn.Config, metrics: uvicorn.Server, sock: socket.socket) -> None:
-        super().__init__(config)
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        metrics: uvicorn.Server,
+        sock: socket.socket,
+        on_end: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        super().__init__(config, on_end)
         self._metrics = metrics
         self._metrics_socket = sock
 
@@ -159,13 +181,25 @@ def create_server(
     keys = config.read_keys()
     for note in (*keys.notes, *_exposure(config, keys)):
         logger.warning("%s", note)
-    app = create_app(client, config, keys=keys, drain=drain, on_drain=on_drain)
+    tracing = _start_tracing(config)
+    app = create_app(client, config, keys=keys, drain=drain, on_drain=on_drain, tracer=tracing)
+    on_end = tracing.close if tracing else None
     if config.metrics_port is None:
-        return _Server(_uvicorn_config(app, config))
+        return _Server(_uvicorn_config(app, config), on_end)
     sock = listen_for_metrics(config.host, config.metrics_port)
     logger.info("metrics are at port %d, without a key", sock.getsockname()[1])
     metrics = _Server(_uvicorn_config(create_metrics_app(app.state.metrics), config))
-    return _ServerWithMetrics(_uvicorn_config(app, config), metrics, sock)
+    return _ServerWithMetrics(_uvicorn_config(app, config), metrics, sock, on_end)
+
+
+def _start_tracing(config: ServerConfig) -> Tracing | None:
+    if config.otlp_endpoint is None:
+        return None
+    from server.tracing import Tracing
+
+    url = traces_url(config.otlp_endpoint)
+    logger.info("traces are sent to %s", url)
+    return Tracing(url, health.VERSION)
 
 
 def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:

@@ -21,10 +21,10 @@ def traces_url(endpoint: str) -> str:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ConfigError(
-            f"must be the URL of a collector, like http://localhost:{HTTP_PORT}, got {endpoint!r}", param="otlp_endpoint"
-        )
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        sentence = f"must be the URL of a collector, like http://localhost:{HTTP_PORT}"
+        hint = " (passwords go into OTEL_EXPORTER_OTLP_HEADERS)" if "@" in parts.netloc else f", got {endpoint!r}"
+        raise ConfigError(sentence + hint, param="otlp_endpoint")
     if port == GRPC_PORT and parts.path in ("", "/"):
         raise ConfigError(
             f"port {GRPC_PORT} is a collector's port for gRPC; traces are sent over HTTP, for which it has port {HTTP_PORT}",

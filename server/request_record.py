@@ -77,6 +77,11 @@ class RequestRecord:
             self.phases.append(Phases(queue_s, prefill_s, now, now))
 
     @property
+    def is_broken(self) -> bool:
+        """Whether something went wrong after the status had been sent."""
+        return "error" in self.finish_reasons
+
+    @property
     def num_replays(self) -> int:
         """How often an engine went on with what one that had died had begun."""
         return sum(event.name == "replay" for event in self.events)
