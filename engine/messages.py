@@ -13,6 +13,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import ERROR_CLASSES, OctavoError
 from engine.histogram import HistogramCounts
+from engine.logs import LogConfig
 from engine.sampling_params import SamplingParams
 
 Pooling = Literal["mean", "last"]
@@ -57,7 +58,8 @@ class CrashPoint(msgspec.Struct, frozen=True, kw_only=True):
 class Launch(msgspec.Struct, frozen=True):
     """What the parent writes to the engine's stdin, one line of JSON. address: the ZMQ endpoint to bind; epoch: which life of
     the engine this is, counted by the supervisor; started_s: time.monotonic(), which all processes share, at its start.
-    flight_path: the file of the flight recorder. stack_path: where the stacks go that the parent asks for with SIGUSR1."""
+    flight_path: the file of the flight recorder. stack_path: where the stacks go that the parent asks for with SIGUSR1.
+    log: what goes to stderr, and how."""
 
     address: str
     epoch: int
@@ -65,6 +67,7 @@ class Launch(msgspec.Struct, frozen=True):
     config: EngineConfig
     flight_path: str
     stack_path: str
+    log: LogConfig = LogConfig()
     crash_point: CrashPoint | None = None
 
 

@@ -29,6 +29,7 @@ from engine.core import EngineCore
 from engine.crash_points import ArmedCrashPoint
 from engine.errors import ModelLoadError, OctavoError
 from engine.flight_recorder import FlightRecorder
+from engine.logs import log_strays, set_up_logging
 from engine.messages import (
     Abort,
     Accepted,
@@ -238,6 +239,8 @@ def run(build_engine: BuildEngine) -> int:
     name_process("octavo: engine")
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
     python_s = time.monotonic() - launch.started_s
+    set_up_logging(launch.log, "engine")
+    log_strays()
     end_with_parent(sys.stdin.fileno())
     recorder = FlightRecorder(Path(launch.flight_path))
     recorder.start_beating()
@@ -318,5 +321,4 @@ def _with_phases(ready: EngineReady, earlier: dict[str, float]) -> EngineReady:
 
 if __name__ == "__main__":
     gc.disable()  # until everything is loaded: importing makes several hundred thousand objects that stay
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
     sys.exit(run(build_engine))

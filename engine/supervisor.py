@@ -13,12 +13,15 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import psutil
 
 from engine.config import EarlierLife, EngineConfig, RecoveryConfig
 from engine.flight_recorder import BEAT_INTERVAL_S, Flight, FlightReader
+from engine.log_relay import LogRelay
+from engine.logs import LogConfig
 from engine.messages import CrashPoint, Launch
 from engine.watchdog import LOOK_INTERVAL_S, Watchdog
 
@@ -28,6 +31,7 @@ ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine.process")
 API_KEY_VARIABLE = "OCTAVO_API_KEY"
 STOP_TIMEOUT_S = 5.0
 STACK_TIMEOUT_S = 1.0
+LAST_WORDS_S = 1.0
 READY_BEAT_S = 4.0  # silence after which an engine does not count as ready; it is killed a little later
 READY_TURN_S = 2.0  # one without work makes a turn a second
 KILL_TIMEOUT_S = 30.0  # a process in the middle of a driver's call ends when that does
@@ -52,7 +56,7 @@ class Death(msgspec.Struct, frozen=True):
 class Supervisor:
     """One engine process at a time, each with an address and files of its own.
 
-    epoch: counts the engine's lives, from 1. crash_point: for tests.
+    epoch: counts the engine's lives, from 1. log: how engines log; as JSON by way of this process. crash_point: for tests.
     """
 
     def __init__(
@@ -61,11 +65,14 @@ class Supervisor:
         *,
         command: Sequence[str] = ENGINE_COMMAND,
         recovery: RecoveryConfig | None = None,
+        log: LogConfig | None = None,
         crash_point: CrashPoint | None = None,
     ) -> None:
         self._config = config
         self._command = command
         self.recovery = recovery or RecoveryConfig()
+        self._log = log or LogConfig()
+        self._relay: asyncio.Task[None] | None = None
         self._crash_point = crash_point
         # A short path: the kernel allows a socket's name about a hundred characters.
         self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))
@@ -101,12 +108,14 @@ class Supervisor:
         root = str(Path(__file__).parent.parent)
         started_s = time.monotonic()
         python_path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            env={**OPENMP_DEFAULTS, **_without_secrets(os.environ), "PYTHONPATH": python_path},
-        )
+        with await self._log_to() as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=stderr,
+                env={**OPENMP_DEFAULTS, **_without_secrets(os.environ), "PYTHONPATH": python_path},
+            )
         self._process = process
         if self._stopping:  # meanwhile
             process.kill()
@@ -117,6 +126,7 @@ class Supervisor:
             config=msgspec.structs.replace(self._config, earlier=earlier),
             flight_path=str(self._file("flight")),
             stack_path=str(self._file("stack")),
+            log=self._log,
             crash_point=self._crash_point,
         )
         assert process.stdin is not None
@@ -124,6 +134,18 @@ class Supervisor:
             process.stdin.write(msgspec.json.encode(launch) + b"\n")
             await process.stdin.drain()
         self._watch = asyncio.create_task(self._watch_over(process, on_stuck, on_death))
+
+    async def _log_to(self) -> contextlib.AbstractContextManager[IO[bytes] | None]:
+        """The stderr of an engine, open until it has been started: ours, or for JSON a pipe whose lines we pass on."""
+        if self._log.format != "json":
+            return contextlib.nullcontext()
+        # Not asyncio's own pipe: that keeps an ended process from counting as such while a child of it holds the other end.
+        read_end, write_end = os.pipe()
+        reader = asyncio.StreamReader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(read_end, "rb", 0))
+        self._relay = asyncio.create_task(LogRelay("engine").run(reader))
+        return os.fdopen(write_end, "wb", 0)
 
     def flight(self) -> Flight | None:
         """What the engine's recorder says now; None before the first start."""
@@ -213,6 +235,9 @@ class Supervisor:
                 await process.wait()
         if self._watch is not None:
             await self._watch
+        if self._relay is not None:  # what it said last; a program that it has left running may keep the pipe open
+            await asyncio.wait({self._relay}, timeout=LAST_WORDS_S)
+            self._relay.cancel()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, name: str) -> Path:

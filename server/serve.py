@@ -22,6 +22,7 @@ import uvloop
 
 from engine.client import EngineClient
 from engine.errors import ConfigError, EngineUnavailable, OctavoError
+from engine.logs import log_strays
 from engine.messages import EngineReady, LoadProgress
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
@@ -43,14 +44,18 @@ def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Returns the exit code: 0 after an orderly end, 1 with a sentence on stderr when serving failed. Raises ConfigError."""
     config = load_config(argv, environ)
     chat_template = config.read_chat_template()
+    set_up_logging(config.log_level, log_format=config.log_format, log_prompts=config.log_prompts)
+    log_strays()
     try:
         with listen(config.host, config.port) as sock:
             setproctitle.setproctitle("octavo: frontend")
             raise_file_limit(wanted_files(config.max_open_requests))
-            set_up_logging(config.log_level, log_prompts=config.log_prompts)
             return uvloop.run(_Service(config, sock, chat_template).run())
     except OctavoError as error:
-        print(f"octavo: {error.message}", file=sys.stderr)
+        if config.log_format == "json":
+            logger.critical("%s", error.message)
+        else:
+            print(f"octavo: {error.message}", file=sys.stderr)
         return 1
 
 
@@ -77,7 +82,7 @@ class _Service:
     def __init__(self, config: ServerConfig, sock: socket.socket, chat_template: str | None) -> None:
         self._config = config
         self._sock = sock
-        supervisor = Supervisor(config.engine_config(), recovery=config.recovery_config())
+        supervisor = Supervisor(config.engine_config(), recovery=config.recovery_config(), log=config.log_config())
         self._client = EngineClient(supervisor, chat_template=chat_template)
         self._client.on_progress = _print_progress
         self._base_url = _base_url(sock, "https" if config.tls_cert else "http")
@@ -194,7 +199,10 @@ class _Service:
         command = "octavo" if shutil.which("octavo") else sys.argv[0]  # a checkout's is not on everybody's PATH
         chat = f"{command} chat{where}, or: " if self._client.tokenizer.has_chat_template else ""
         line = f"Octavo serves {self._config.model_names[0]} at {self._base_url}{scope}. Try: {chat}{curl}"
-        print(line, file=sys.stderr, flush=True)
+        if self._config.log_format == "json":
+            logger.info("%s", line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _age_s() -> float:
