@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from engine.errors import ConfigError
 from engine.fused_decoder import FusedDecoder
 from engine.fusion import fuse, fuse_native, pack_linears, quantize
 from engine.grammar_compiler import GrammarCompiler, GrammarSetup
+from engine.host_cores import usable_cores
 from engine.host_memory import available_bytes
 from engine.kernels.compiler import compiling_ahead
 from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
@@ -128,7 +128,8 @@ def load_engine(config: EngineConfig, report: Report) -> LoadedEngine:
         earlier.max_model_len if earlier else max_context(hf_config.get_text_config(decoder=True)),
         max(earlier.num_blocks) if earlier else None,
     )
-    with phases.phase("load", f"{folder.name} as {_name(dtype)} on {limits.device}"):
+    name = f"{config.model.model} {folder.name[:7]}" if folder.parent.name == "snapshots" else folder.name  # a commit's
+    with phases.phase("load", f"{name} as {_name(dtype)} on {limits.device}"):
         loaded = load_model(folder, config.model, limits.device, dtype, served_context=estimate.max_model_len)
     groups = group_layers(loaded.layers, config.cache.block_size, kv_dtype.itemsize)
     needs = AttentionNeeds(loaded.layers, groups, config.cache.block_size, dtype, limits.device, kv_dtype)
@@ -364,17 +365,6 @@ def _limits(config: EngineConfig) -> EngineLimits:
         max_num_mixed_tokens=max_num_mixed_tokens,
         pipeline_depth=depth if depth is not None else int(on_gpu),
     )
-
-
-def usable_cores(cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores this process may run on, where the system tells (all of them elsewhere), and no more than its container's quota
-    pays for: threads beyond it would be stopped in the middle of a step, and the others wait for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = (cgroup_root / "cpu.max").read_text().split()
-        return max(1, min(cores, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no control groups of version 2, or "max": no quota
-        return cores
 
 
 def _bytes_for_pages(config: EngineConfig, shape: ModelShape, folder: Path, dtype: torch.dtype, limits: EngineLimits) -> int:

@@ -1,4 +1,4 @@
-"""Memory that this process may still take: what the machine has free, and what its control groups leave it."""
+"""Memory that this process may have, and may still take: what the machine has free, and what its control groups leave it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def available_bytes(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _SELF_
         if limit is not None and used is not None:
             left = min(left, limit - max(0, used - _reclaimable(folder / "memory.stat")))
     return max(0, left)
+
+
+def total_bytes(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _SELF_CGROUP) -> int:
+    """Bytes that this process could have in all: the machine's, or less where a control group has a limit."""
+    limits = (_read_int(f / "memory.max", f / "memory.limit_in_bytes") for f in _memory_cgroups(cgroup_root, self_cgroup))
+    return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
 
 def _memory_cgroups(cgroup_root: Path, self_cgroup: Path) -> Iterator[Path]:

@@ -37,6 +37,7 @@ from engine.messages import (
     EngineFailed,
     EngineMessage,
     EngineReady,
+    EngineStats,
     ErrorInfo,
     FrontendMessage,
     Hello,
@@ -48,6 +49,7 @@ from engine.messages import (
     Shutdown,
     StepOutputs,
 )
+from engine.usage_meter import UsageMeter
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +111,8 @@ def frontend_of(request_id: str) -> bytes:
 
 
 class EngineLoop:
-    """Messages in, steps, outputs out, until a Shutdown. recorder: told what goes on; crash_point: for tests."""
+    """Messages in, steps, outputs out, until a Shutdown. recorder: told what goes on; crash_point: for tests; meter: what
+    it sees goes into the statistics."""
 
     def __init__(
         self,
@@ -118,12 +121,14 @@ class EngineLoop:
         epoch: int,
         *,
         recorder: FlightRecorder | None = None,
+        meter: UsageMeter | None = None,
         crash_point: ArmedCrashPoint | None = None,
     ) -> None:
         self._core = core
         self._socket = socket
         self._epoch = epoch
         self._recorder = recorder
+        self._meter = meter
         self._crash_point = crash_point
         self._stopping = False
         self._idle_poll_ms = 0
@@ -190,13 +195,24 @@ class EngineLoop:
         self._socket.send(frontend_of(request_id), reply)
 
     def _send(self, outputs: list[RequestOutput], with_stats: bool) -> None:
-        stats = self._core.stats() if with_stats else None
+        stats = self._stats() if with_stats else None
         if with_stats:
             self._stats_sent_s = time.monotonic()
         by_frontend = self._by_frontend(outputs)
         for identity in self._socket.frontends if with_stats else by_frontend:
             message = StepOutputs(epoch=self._epoch, outputs=by_frontend.get(identity, []), stats=stats)
             self._socket.send(identity, message)
+
+    def _stats(self) -> EngineStats:
+        """The core's, with what the process takes of the machine."""
+        if self._meter is None:
+            return self._core.stats()
+        return msgspec.structs.replace(
+            self._core.stats(),
+            resident_bytes=self._meter.resident_bytes,
+            devices=self._meter.devices,
+            cpu_seconds=time.process_time(),
+        )
 
     def _by_frontend(self, outputs: list[RequestOutput]) -> dict[bytes, list[RequestOutput]]:
         if len(self._socket.frontends) == 1:  # the usual case, without a look at every request id
@@ -270,11 +286,14 @@ def run(build_engine: BuildEngine) -> int:
     gc.collect()
     gc.freeze()
     gc.enable()
+    meter = UsageMeter(ready.device)
+    meter.start()
     core.watch(recorder, crash_point)
     recorder.serving()
     socket.broadcast(_with_phases(ready, {"python": python_s}))
     try:
-        EngineLoop(core, socket, launch.epoch, recorder=recorder, crash_point=crash_point).run()
+        loop = EngineLoop(core, socket, launch.epoch, recorder=recorder, meter=meter, crash_point=crash_point)
+        loop.run()
     except BaseException as error:
         die_of(error)
     core.close()

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 
 from engine.deadlines import FIRST_TOKEN, WHOLE, Deadlines, deadline_exceeded
@@ -576,7 +577,7 @@ class Scheduler:
         """Gauges and counters of now; the core adds its steps' histograms."""
         num_waiting = sum(len(choices) for choices in self._by_id.values()) - len(self._running)
         num_queued = len(self._waiting)  # the others wait for their sibling's prompt, or for a step in flight
-        return EngineStats(
+        gauges = EngineStats(
             num_running=len(self._running),
             num_waiting=num_waiting,
             num_deferred=num_waiting - num_queued + min(self._num_prefix_waits, num_queued),
@@ -584,8 +585,8 @@ class Scheduler:
             num_referenced_blocks=self.kv_cache.num_referenced_blocks,
             num_cached_blocks=self.kv_cache.num_cached_blocks,
             steps=self._num_steps,
-            **self._counts,
         )
+        return msgspec.structs.replace(gauges, **self._counts)
 
     def unfinished(self) -> Iterator[Request]:
         """Every choice that has not ended, queued or running."""

@@ -21,6 +21,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "request",
         "block_pool",
         "memory_plan",
+        "host_cores",
         "host_memory",
         "model_cache",
         "weight_files",
@@ -67,7 +68,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "step_results",
         "model_runner",
     ),
-    "L4": ("step_clock", "core", "build", "process", "self_check"),
+    "L4": ("step_clock", "core", "build", "usage_meter", "process", "self_check"),
     "L5": (
         "log_relay",
         "watchdog",

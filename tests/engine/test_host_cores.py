@@ -1,4 +1,4 @@
-"""What the engine takes of a machine."""
+"""The cores that a process may use: by affinity, and by its container's quota."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.build import usable_cores
+from engine.host_cores import usable_cores
 
 
 @pytest.mark.parametrize(

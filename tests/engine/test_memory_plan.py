@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.config import CacheConfig
 from engine.errors import ConfigError, ModelLoadError
-from engine.host_memory import available_bytes
+from engine.host_memory import available_bytes, total_bytes
 from engine.memory_plan import (
     KVPlan,
     ModelShape,
@@ -286,6 +286,7 @@ def cgroup(folder: Path, limit: str, used: int, cache: int, *, version: int) -> 
 def test_without_control_groups_the_machine_decides(tmp_path: Path) -> None:
     total = psutil.virtual_memory().total
     assert 0 < available_bytes(tmp_path, tmp_path / "absent") <= total
+    assert total_bytes(tmp_path, tmp_path / "absent") == total
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -296,8 +297,10 @@ def test_the_tightest_control_group_binds(tmp_path: Path, version: int) -> None:
     cgroup(root / "outer", "5000000", 1_500_000, 500_000, version=version)
     cgroup(root / "outer" / "inner", "max" if version == 2 else str(2**62), 1_000, 0, version=version)
     assert available_bytes(tmp_path, own) == 4_000_000
+    assert total_bytes(tmp_path, own) == 5_000_000
     cgroup(root / "outer" / "inner", "3000000", 2_999_000, 0, version=version)
     assert available_bytes(tmp_path, own) == 1_000
+    assert total_bytes(tmp_path, own) == 3_000_000
     cgroup(root / "outer" / "inner", "3000000", 4_000_000, 0, version=version)
     assert available_bytes(tmp_path, own) == 0
 
