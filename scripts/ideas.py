@@ -207,7 +207,7 @@ def machine(device: str) -> str:
     """One line: processor or card, cores, versions, and the load where others were at work."""
     import torch
 
-    from engine.build import usable_cores
+    from engine.host_cores import usable_cores
 
     cores = usable_cores()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -277,6 +277,13 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str = "sequence lengt
     axes.set_xticks(list(lengths), [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set_xlabel(label)
+
+
+def log_axis(axes: Axes, label: str) -> None:
+    """A logarithmic y axis whose ticks are plain numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.set_ylabel(label)
 
 
 def draw(plot: Plot, results: Results, footer: str, path: Path) -> None:
