@@ -139,25 +139,29 @@ class Download:
             return
         self._blobs.mkdir(parents=True, exist_ok=True)
         self._progress = _Progress(sum(file.size for file in files))
+        self._stop = threading.Event()
         with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="hub") as pool:
             pending: set[Future[None]] = {pool.submit(self._fetch, file) for file in files}
+            is_told = self._progress.total >= LEAST_REPORTED_BYTES
             try:
                 while pending:
                     done, pending = wait(pending, REPORT_INTERVAL_S, FIRST_EXCEPTION)
                     for future in done:
                         future.result()
-                    if pending or self._progress.total >= LEAST_REPORTED_BYTES:
+                    if is_told := is_told or bool(pending):
                         self._report("fetch", f"{self._label}: {self._progress}", self._progress.fraction)
-            finally:
-                self._stop.set()
+            except BaseException:
+                self._stop.set()  # the other files end at their next piece
+                raise
 
     def _fetch(self, file: HubFile) -> None:
         blob, partial = self._blobs / file.blob, self._partial(file)
         if not self._has_blob(file):
             with partial.open("ab", buffering=0) as out:
                 self._lock(out, file)
-                if self._has_blob(file):  # another process was faster
+                if self._has_blob(file):  # another process was faster, or another file with the same content
                     partial.unlink(missing_ok=True)
+                    self._progress.add(file.size, is_new=False)
                 else:
                     self._fill(out, partial, file)
                     os.fsync(out.fileno())
@@ -226,7 +230,7 @@ class Download:
         with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
             hf_raise_for_status(response)
             position = offset if response.status_code == 206 else 0
-            for chunk in response.iter_bytes(CHUNK_BYTES):
+            for chunk in response.iter_bytes():
                 if self._stop.is_set():
                     raise _Stopped
                 if position + len(chunk) > file.size:
