@@ -83,6 +83,12 @@ def _doctor(argv: Sequence[str]) -> int:
     return _with_settings(run_doctor, argv)
 
 
+def _completion(argv: Sequence[str]) -> int:
+    from server.completion import run_completion
+
+    return run_completion(argv)
+
+
 def _bench(argv: Sequence[str]) -> int:
     from server.bench import main as run_bench
 
@@ -95,6 +101,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": _bench,
     "plan": _plan,
     "doctor": _doctor,
+    "completion": _completion,
 }
 
 

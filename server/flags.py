@@ -57,7 +57,7 @@ examples:
     "doctor": """\
 examples:
   octavo doctor                              before a first start
-  octavo doctor ./model --port 8080          with the flags of the start that fails
+  octavo doctor ./model --port 8080          with the flags of a failed start
   octavo doctor --json                       for programs""",
 }
 
