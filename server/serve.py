@@ -23,11 +23,12 @@ import uvloop
 from engine.client import EngineClient
 from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.logs import log_strays
-from engine.messages import EngineReady, LoadProgress
+from engine.messages import EngineReady
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
 from server.drain import Drain
 from server.file_limit import raise_file_limit, wanted_files
+from server.load_log import LoadLog
 from server.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class _Service:
         self._sock = sock
         supervisor = Supervisor(config.engine_config(), recovery=config.recovery_config(), log=config.log_config())
         self._client = EngineClient(supervisor, chat_template=chat_template)
-        self._client.on_progress = _print_progress
+        self._load_log = LoadLog.of_stderr(config.log_format)
+        self._client.on_progress = self._load_log
         self._base_url = _base_url(sock, "https" if config.tls_cert else "http")
         self._drain = Drain()
         self._stop = asyncio.Event()
@@ -118,6 +120,7 @@ class _Service:
             if engine.done():
                 engine.result()
         finally:
+            self._load_log.clear()
             engine.cancel()
             await self._end(server, serving)
             stop.cancel()
@@ -219,9 +222,3 @@ def _base_url(sock: socket.socket, scheme: str) -> str:
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
-
-
-def _print_progress(progress: LoadProgress) -> None:
-    percent = "" if progress.fraction is None else f" {progress.fraction:.0%}"
-    detail = f": {progress.detail}" if progress.detail else ""
-    logger.info("%s%s%s", progress.phase, detail, percent)
