@@ -24,7 +24,7 @@ _MAX_SCORES = 1 << 24  # scores of a row materialised at once (heads x queries x
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class RowStep:
     """One row's share of a step in one KV group.
 
     tokens: its new tokens among the step's. pages: a slice where the page ids are neighbours, else their ids.
@@ -43,7 +43,7 @@ class _Row:
 @dataclass(frozen=True, slots=True)
 class _GroupStep:
     slots_T: torch.Tensor  # flat page slot of every new token, int64
-    rows: tuple[_Row, ...]
+    rows: tuple[RowStep, ...]
 
 
 class SdpaBackend:
@@ -92,7 +92,7 @@ class SdpaBackend:
         )
 
     def _prepare_group(self, batch: RaggedBatch, tables: list[Sequence[int]], window: int | None) -> _GroupStep:
-        rows: list[_Row] = []
+        rows: list[RowStep] = []
         slots: list[npt.NDArray[np.int64]] = []
         first_token = 0
         for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, tables, strict=True):
@@ -106,7 +106,7 @@ class SdpaBackend:
         slots_T = torch.from_numpy(np.concatenate(slots)) if slots else torch.empty(0, dtype=torch.int64)
         return _GroupStep(slots_T.to(self._device), tuple(rows))
 
-    def _prepare_row(self, tokens: slice, context_len: int, block_ids: npt.NDArray[np.int64], window: int | None) -> _Row:
+    def _prepare_row(self, tokens: slice, context_len: int, block_ids: npt.NDArray[np.int64], window: int | None) -> RowStep:
         query_len = tokens.stop - tokens.start
         end = context_len + query_len
         first_key = 0 if window is None else max(0, context_len - window + 1)  # the first query's window begins here
@@ -116,7 +116,7 @@ class SdpaBackend:
         mask_QL = None
         if query_len > 1 and not is_causal:
             mask_QL = self._mask(context_len, query_len, first_key, window)
-        return _Row(
+        return RowStep(
             tokens=tokens,
             pages=self._pages_index(block_ids[first_page:]),
             skip=first_key - first_page * self._block_size,
@@ -160,17 +160,26 @@ class SdpaBackend:
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         grouped = (-1, num_kv_heads, num_heads // num_kv_heads, head_dim)
         q_TKGD, out_TKGD = q_THD.to(pages.dtype).reshape(grouped), out_THD.view(grouped)
-        explicit = layer.softcap is not None or sinks_H is not None
         for row in step.rows:
             gathered = pages[:, :, row.pages] if isinstance(row.pages, slice) else pages.index_select(2, row.pages)
             kv = gathered.flatten(2, 3)[:, :, row.skip : row.skip + row.num_keys]
             q_KGQD = q_TKGD[row.tokens].permute(1, 2, 0, 3)
-            if explicit:
-                out_KGQD = _attend_explicitly(layer, row, q_KGQD, kv[0], kv[1], sinks_H)
-            else:
-                out_KGQD = _attend(layer, row, q_KGQD, kv[0], kv[1])
-            out_TKGD[row.tokens] = out_KGQD.permute(2, 0, 1, 3)
+            out_TKGD[row.tokens] = self.attend_row(layer, row, q_KGQD, kv[0], kv[1], sinks_H).permute(2, 0, 1, 3)
         return out_THD
+
+    def attend_row(
+        self,
+        layer: LayerSpec,
+        row: RowStep,
+        q_KGQD: torch.Tensor,
+        k_KLD: torch.Tensor,
+        v_KLD: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[K, G, Q, D]: one row's attention over its keys and values, out of their pages already."""
+        if layer.softcap is not None or sinks_H is not None:
+            return _attend_explicitly(layer, row, q_KGQD, k_KLD, v_KLD, sinks_H)
+        return _attend(layer, row, q_KGQD, k_KLD, v_KLD)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """See AttentionBackend. Sources are read before any target is written."""
@@ -189,7 +198,7 @@ class SdpaBackend:
         zero_pages(self._groups, pages_by_layer, blocks, self._device, dim=2)
 
 
-def _attend(layer: LayerSpec, row: _Row, q_KGQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor) -> torch.Tensor:
+def _attend(layer: LayerSpec, row: RowStep, q_KGQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor) -> torch.Tensor:
     """[K, G, Q, D]. One query: the G heads of a key head become the queries of one attention, which needs no mask."""
     if q_KGQD.shape[2] == 1:
         q_1KGD = q_KGQD.squeeze(2).unsqueeze(0)
@@ -207,7 +216,7 @@ def _attend(layer: LayerSpec, row: _Row, q_KGQD: torch.Tensor, k_KLD: torch.Tens
 
 
 def _attend_explicitly(
-    layer: LayerSpec, row: _Row, q_KGQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, sinks_H: torch.Tensor | None
+    layer: LayerSpec, row: RowStep, q_KGQD: torch.Tensor, k_KLD: torch.Tensor, v_KLD: torch.Tensor, sinks_H: torch.Tensor | None
 ) -> torch.Tensor:
     """As `_attend`, with a softcap or sinks: scores in float32, by slices of queries so that memory stays bounded."""
     num_keys = k_KLD.shape[1]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from engine.kernels.compiler import is_compiled, tl, triton
+from engine.kernels.tiled_attention import tiled_attention
 
 logger = logging.getLogger(__name__)
 
@@ -239,30 +240,22 @@ def decode_attention_reference(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same in plain torch and float32, row by row; returns float32 [B, H, D]."""
-    num_rows, num_heads, head_dim = q_BHD.shape
-    _, num_kv_heads, block_size, _ = k_pages.shape
-    group = num_heads // num_kv_heads
-    out_BHD = torch.zeros(num_rows, num_heads, head_dim, dtype=torch.float32, device=q_BHD.device)
+    """The same in plain torch, row by row: each row's pages gathered, then `tiled_attention`; returns float32 [B, H, D]."""
+    block_size = k_pages.shape[2]
+    out_BHD = torch.zeros(q_BHD.shape, dtype=torch.float32, device=q_BHD.device)
     for row, (slot, end) in enumerate(zip(row_slots_B.tolist(), seq_lens_B.tolist(), strict=True)):
         if end == 0:
             continue
         begin = 0 if window is None else max(0, end - window)
         positions_N = torch.arange(begin, end, device=q_BHD.device)
         pages_N = block_tables_SP[slot, positions_N // block_size].long()
-        k_NHD = k_pages[pages_N, :, positions_N % block_size].float().repeat_interleave(group, dim=1)
-        v_NHD = v_pages[pages_N, :, positions_N % block_size].float().repeat_interleave(group, dim=1)
+        k_NKD, v_NKD = (pages[pages_N, :, positions_N % block_size].float() for pages in (k_pages, v_pages))
         if k_scale is not None:
-            k_NHD = k_NHD * k_scale
+            k_NKD = k_NKD * k_scale
         if v_scale is not None:
-            v_NHD = v_NHD * v_scale
-        scores_HN = torch.einsum("hd,nhd->hn", q_BHD[row].float(), k_NHD) * scaling
-        if softcap is not None:
-            scores_HN = torch.tanh(scores_HN / softcap) * softcap
-        if sinks_H is not None:
-            scores_HN = torch.cat([scores_HN, sinks_H.float()[:, None]], dim=1)
-        weights_HN = torch.softmax(scores_HN, dim=1)[:, : end - begin]
-        out_BHD[row] = torch.einsum("hn,nhd->hd", weights_HN, v_NHD)
+            v_NKD = v_NKD * v_scale
+        q_1HD = q_BHD[row : row + 1].float()
+        out_BHD[row] = tiled_attention(q_1HD, k_NKD, v_NKD, scaling=scaling, softcap=softcap, sinks_H=sinks_H, tile=1024)[0]
     return out_BHD
 
 

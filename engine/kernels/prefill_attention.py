@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from engine.kernels.compiler import tl, triton
+from engine.kernels.tiled_attention import tiled_attention
 
 logger = logging.getLogger(__name__)
 
@@ -559,35 +560,23 @@ def prefill_attention_reference(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`paged_prefill_attention` in plain torch, row by row, in float32."""
+    """`paged_prefill_attention` in plain torch, row by row: each row's pages gathered, then `tiled_attention` in float32."""
     block_size = k_pages.shape[2]
-    group = q_THD.shape[1] // k_TKD.shape[1]
     starts = query_starts_R1.tolist()
     for row, context in enumerate(context_lens_R.tolist()):
         own = slice(starts[row], starts[row + 1])
-        num_queries = own.stop - own.start
         positions = torch.arange(context, device=q_THD.device)
         pages = block_tables_SP[row_slots_R[row].long(), positions // block_size].long()
         keys, values = k_pages[pages, :, positions % block_size].float(), v_pages[pages, :, positions % block_size].float()
         if k_scale is not None and v_scale is not None:
             keys, values = (keys * k_scale).to(q_THD.dtype).float(), (values * v_scale).to(q_THD.dtype).float()
-        keys = torch.cat([keys, k_TKD[own].float()]).repeat_interleave(group, dim=1)
-        values = torch.cat([values, v_TKD[own].float()]).repeat_interleave(group, dim=1)
-
-        scores = torch.einsum("qhd,khd->hqk", q_THD[own].float(), keys) * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        query_at = context + torch.arange(num_queries, device=q_THD.device)[:, None]
-        key_at = torch.arange(context + num_queries, device=q_THD.device)[None, :]
-        visible = key_at <= query_at
-        if window is not None:
-            visible &= key_at > query_at - window
-        scores.masked_fill_(~visible, float("-inf"))
-        if sinks_H is not None:
-            sinks = sinks_H.float()[:, None, None].expand(-1, num_queries, 1)
-            scores = torch.cat([scores, sinks], dim=2)
-        weights = torch.softmax(scores, dim=2)[:, :, : context + num_queries]
-        # Values outside every query's window are pages that may hold anything.
-        values = values.masked_fill(~visible.any(dim=0)[:, None, None], 0.0)
-        out_THD[own] = torch.einsum("hqk,khd->qhd", weights, values).to(out_THD.dtype)
+        out_THD[own] = tiled_attention(
+            q_THD[own].float(),
+            torch.cat([keys, k_TKD[own].float()]),
+            torch.cat([values, v_TKD[own].float()]),
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+            sinks_H=sinks_H,
+        ).to(out_THD.dtype)
     return out_THD

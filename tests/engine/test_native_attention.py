@@ -1,4 +1,4 @@
-"""The compiled CPU kernels' paged attention against exact attention that knows no pages."""
+"""The compiled CPU kernels' paged attention against the reference of all kernels in float64, which knows no pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from engine.attention.base import AttentionNeeds, LayerSpec, RaggedBatch, group_layers
 from engine.attention.native import NativeBackend
 from engine.kernels.cpu_library import unavailable_reason
-from tests.engine.test_attention import reference
+from engine.kernels.tiled_attention import tiled_attention
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 
@@ -48,7 +48,8 @@ def run(layer: LayerSpec, dtype: torch.dtype, block_size: int, chunk_ends: list[
         for heads in (layer.num_heads, layer.num_kv_heads, layer.num_kv_heads)
     )
     sinks = torch.randn(layer.num_heads, generator=generator) if layer.has_sinks else None
-    expected = [reference(layer, *(x.float() for x in parts), sinks) for parts in zip(q, k, v, strict=True)]
+    kind = {"scaling": layer.scaling, "window": layer.window, "softcap": layer.softcap, "sinks_H": sinks}
+    expected = [tiled_attention(*(x.double() for x in parts), **kind).float() for parts in zip(q, k, v, strict=True)]
     groups = group_layers([layer], block_size, dtype.itemsize)
     backend = NativeBackend([layer], groups, block_size, dtype, CPU)
     backend.allocate([NUM_BLOCKS])
