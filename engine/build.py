@@ -24,9 +24,10 @@ from engine.fusion import fuse, fuse_native, pack_linears, quantize
 from engine.grammar_compiler import GrammarCompiler, GrammarSetup
 from engine.host_cores import usable_cores
 from engine.host_memory import available_bytes
-from engine.kernels.compiler import compiling_ahead
+from engine.kernels.compiler import HAS_TRITON, compiling_ahead
 from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
 from engine.kernels.cpu_ops import CpuKernels, Format
+from engine.kernels.toolchain import check_toolchain
 from engine.kv_cache_manager import KVCacheManager
 from engine.memory_plan import (
     KVPlan,
@@ -109,6 +110,8 @@ def load_engine(config: EngineConfig, report: Report) -> LoadedEngine:
     limits = _limits(config)
     earlier = config.earlier
     torch.set_num_threads(config.parallel.num_threads or usable_cores())
+    if limits.on_gpu and HAS_TRITON:
+        check_toolchain()
     free_device_bytes = _wait_for_memory(config, limits, phases) if limits.on_gpu else 0
     kernels = _load_kernels(config, limits, phases)
     with phases.phase("resolve", config.model.model):
