@@ -78,10 +78,10 @@ def _disk_errors(root: Path) -> Iterator[None]:
             ) from error
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise _disk_full(root) from error
-        if isinstance(error, PermissionError) or number == errno.EROFS:
-            where = getattr(error, "filename", None) or root
+        if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise ModelLoadError(
-                f"{where} cannot be written or read: check its owner and mode, or name another folder with --download-dir"
+                f"{error.filename or root} cannot be written or read ({error.strerror}): check its owner and mode, or name "
+                "another folder with --download-dir"
             ) from error
         raise
 
@@ -95,9 +95,13 @@ def _check_free_disk(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise ModelLoadError(
-            f"{folder} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: free some space or name "
-            "another folder with --download-dir"
+            f"{folder} needs {_in_words(num_bytes)} and its disk has {_in_words(free)} free: free some space or name another "
+            "folder with --download-dir"
         )
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 @contextmanager

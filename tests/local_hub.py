@@ -146,10 +146,16 @@ class LocalHub:
         return None
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Whoever asked has gone, as killed processes do."""
+
+
 def _serve(hub: LocalHub, where: str) -> ThreadingHTTPServer:
     handler = type(f"{where}Handler", (_Handler,), {"hub": hub, "where": where})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True, name=where).start()
     return server
 

@@ -67,6 +67,12 @@ def check_whole(place: Place, found: Resolved) -> None:
     assert list(place.model_cache(NAME).rglob("*.incomplete")) == []
 
 
+def wait_until_written(process: subprocess.Popen[str], num_bytes: int) -> None:
+    """Until the process tells that so much of the weights is on the disk."""
+    assert process.stdout is not None
+    assert any(f"{NAME}: {num_bytes / 1e6:.2f} of" in line for line in process.stdout)
+
+
 def test_a_model_is_fetched_once_with_its_bytes_and_rate_told(place: Place) -> None:
     place.hub.bytes_per_s = 500_000
     first = place.resolve(NAME)
@@ -113,9 +119,7 @@ def test_a_killed_process_is_taken_up_where_it_was(place: Place) -> None:
     process = place.begin(NAME)
     assert held.reached.wait(60)
     part = place.model_cache(NAME) / "blobs" / f"{hashlib.sha256(safetensors(WEIGHT_BYTES)).hexdigest()}.incomplete"
-    assert process.stdout is not None
-    told = f"{NAME}: {HALF / 1e6:.2f} of"
-    assert any(told in line for line in process.stdout)  # all that was sent has been written
+    wait_until_written(process, HALF)
     process.kill()
     process.communicate(timeout=60)
     assert part.stat().st_size == HALF
