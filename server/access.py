@@ -18,10 +18,13 @@ API_KEY = "octavo.api_key"
 TENANT = "octavo.tenant"
 """Key in the scope: whose computed prompt beginnings the request may share; empty where all share them."""
 
+# Probes and scrapes, which would drown the others: a probe's 503 is no client's.
+_UNCOUNTED = OPEN_PATHS | {"/metrics"}
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 ResponseObserver = Callable[[str, int], None]
-"""Is told of every response: the key's id ("" where the server has no keys, "invalid" for a stranger's) and the status."""
+"""Is told of every response but those to probes and scrapes: the key's id ("" where the server has no keys, "invalid" for a
+stranger's) and the status."""
 
 
 def owner(scope: Scope) -> str:
@@ -79,7 +82,8 @@ class Access:
                 if policy is not None:
                     added["Content-Security-Policy"] = policy
                     added["Referrer-Policy"] = "no-referrer"
-                self._observe(key_id, message["status"])
+                if scope["path"] not in _UNCOUNTED:
+                    self._observe(key_id, message["status"])
             await send(message)
 
         scope[API_KEY] = key

@@ -65,7 +65,7 @@ def create_app(
     """
     keys = config.read_keys() if keys is None else keys
     drain = drain or Drain()
-    state = ServerState(client, config, Metrics(config.model_names[0], lambda: client.stats), drain)
+    state = ServerState(client, config, Metrics(client, config, keys.ids, health.VERSION), drain)
     app = FastAPI(
         title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY
     )

@@ -170,6 +170,9 @@ class ServerConfig(BaseModel):
     metrics_port: Count | None = _setting(
         None, "observability", "serve /metrics on this port too, without a key; 0 lets the system choose", ge=0, le=65535
     )
+    metrics_prefix: str = _setting(
+        "octavo_", "observability", "how the names of the metrics begin; vllm: makes dashboards and autoscalers for vLLM work"
+    )
     tls_cert: str | None = _setting(
         None, "security", "a PEM file of the certificate (chain): HTTPS instead of HTTP", kind="file"
     )
@@ -226,6 +229,13 @@ class ServerConfig(BaseModel):
         if name not in known:
             raise ValueError(f"must be one of {', '.join(known)}{nearest(name, known)}")
         return name
+
+    @field_validator("metrics_prefix")
+    @classmethod
+    def _begins_a_metric(cls, prefix: str) -> str:
+        if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]{0,63}", prefix):
+            raise ValueError("must be 1 to 64 letters, digits, _ or :, and not begin with a digit (octavo_, vllm:)")
+        return prefix
 
     @field_validator("cors_origins")
     @classmethod

@@ -62,6 +62,11 @@ class KeyRing:
         return any(known.may(scope) for _, known in self._keys)
 
     @property
+    def ids(self) -> frozenset[str]:
+        """Of all keys."""
+        return frozenset(known.id for _, known in self._keys)
+
+    @property
     def num_tenants(self) -> int:
         """How many ids may ask the model something."""
         return len({known.id for _, known in self._keys if known.may(API)})

@@ -6,12 +6,13 @@ import errno
 import os
 import socket
 
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine.errors import ConfigError
 from server.errors import NotFound, octavo_error_response
-from server.metrics import CONTENT_TYPE, Metrics
+from server.metrics import Metrics
 
 
 def create_metrics_app(metrics: Metrics) -> ASGIApp:
@@ -19,12 +20,19 @@ def create_metrics_app(metrics: Metrics) -> ASGIApp:
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/metrics" and scope["method"] in ("GET", "HEAD"):
-            response = Response(metrics.render(), media_type=CONTENT_TYPE, headers={"X-Content-Type-Options": "nosniff"})
+            response = metrics_response(metrics, Headers(scope=scope))
+            response.headers["X-Content-Type-Options"] = "nosniff"
         else:
             response = octavo_error_response(NotFound("This port serves GET /metrics, and nothing else."))
         await response(scope, receive, send)
 
     return app
+
+
+def metrics_response(metrics: Metrics, headers: Headers) -> Response:
+    """The metrics, in the format that the request's headers ask for."""
+    body, content_type = metrics.render(headers.get("accept", ""))
+    return Response(body, headers={"Content-Type": content_type, "Vary": "Accept"})
 
 
 def listen_for_metrics(host: str, port: int) -> socket.socket:

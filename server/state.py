@@ -33,7 +33,6 @@ class ServerState:
             max_waiting_tokens=self.config.max_waiting_tokens,
             observe_shed=self.metrics.observe_shed,
         )
-        self.metrics.add_counter("engine_restarts", "Engines that took a dead one's place.", lambda: self.client.num_restarts)
         self.metrics.add_gauge("backlog_wait_seconds", "How long who came now would wait for the engine.", backlog.wait_s)
         self.metrics.add_gauge("backlog_tokens", "Expected tokens of what waits for the engine.", backlog.tokens_ahead)
         object.__setattr__(self, "backlog", backlog)

@@ -26,6 +26,7 @@ from server.api.sampling import Integer, Priority, truncate_prompt
 from server.api.time_limits import TimeLimit
 from server.backlog import Ticket, Work
 from server.disconnect import unless_disconnected
+from server.metrics import Finished
 from server.request_record import RequestRecord, current
 from server.state import ServerState
 
@@ -161,11 +162,15 @@ async def _answer(
     finally:
         for ticket in tickets:
             ticket.close()
-        seconds = time.monotonic() - arrival
         for _ in inputs:
             state.metrics.observe_finish(reason)
+        state.metrics.observe_tokens(record.key_id, num_tokens, 0)
         if reason == "stop":
-            state.metrics.observe_request(seconds, num_tokens, 0)
+            state.metrics.observe_request(
+                Finished(time.monotonic() - arrival, num_tokens, record.cached_tokens, 0, longest=0, max_tokens=0, n=1)
+            )
+        elif reason == "abort":
+            state.metrics.observe_abort()
         record.finish_reasons = [reason]
     usage = EmbeddingUsage(num_tokens, num_tokens)
     if body.explain:
@@ -197,6 +202,7 @@ async def _embed(
         raise type(error)(error.message, param="input", code=error.code) from None
     finally:
         ticket.close()
+    state.metrics.observe_prompt(embedding.queue_s, embedding.prefill_s)
     if embedding.queue_s is not None and embedding.prefill_s is not None:
         current().add_phases(embedding.queue_s, embedding.prefill_s)
     item = EmbeddingItem(index, _unit_vector(embedding.vector, body.dimensions, body.encoding_format))

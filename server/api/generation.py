@@ -15,6 +15,7 @@ from engine.sampling_params import SamplingParams
 from server.api.prompt_log import log_prompts
 from server.api.sampling import SamplingRequest
 from server.backlog import Ticket
+from server.metrics import Finished
 from server.request_record import MAX_PHASES, Event, Phases, current
 from server.state import ServerState
 
@@ -66,6 +67,17 @@ class Usage(msgspec.Struct, omit_defaults=True):
     octavo: Explanation | None = None
 
 
+class _Choice:
+    """What has come of one choice. first_s, last_s: time.monotonic() of its first and its last tokens."""
+
+    __slots__ = ("first_s", "last_s", "num_tokens", "prefill_s")
+
+    def __init__(self, now: float, prefill_s: float | None) -> None:
+        self.first_s = self.last_s = now
+        self.prefill_s = prefill_s
+        self.num_tokens = 0
+
+
 class Generation:
     """The engine requests of one HTTP request, one a prompt; made by `start` once the engine has accepted all of them."""
 
@@ -94,7 +106,7 @@ class Generation:
         self._num_choices = sum(prompt.sampling.n for prompt in prompts)
         self._finish_reasons: list[str] = []
         self._ttft_s: float | None = None
-        self._last_output: dict[tuple[int, int], float] = {}
+        self._choices: dict[tuple[int, int], _Choice] = {}
         self._phases: dict[int, Phases] = {}
         self._failed = False
         self._closed = False
@@ -132,6 +144,8 @@ class Generation:
                 error.param = body.structured_field() or "tools"  # the engine has seen a grammar, and no fields
             generation._note(error)
             generation._leave_backlog()
+            if not generation._failed:
+                generation._metrics.observe_abort()
             raise
         nearest_s = deadlines.nearest_s()
         if nearest_s is not None and nearest_s <= time.monotonic() + HOLD_S:
@@ -229,15 +243,32 @@ class Generation:
         for stream in self._streams:
             stream.abort()
         self._leave_backlog()
-        seconds = time.monotonic() - self._arrival
-        unfinished = self._num_choices - len(self._finish_reasons)
-        self._finish_reasons += ["error" if self._failed else "abort"] * unfinished
-        for reason in self._finish_reasons:
-            self._metrics.observe_finish(reason)
-        if not unfinished:
-            self._metrics.observe_request(seconds, self._num_prompt_tokens, self._num_output_tokens)
-            self._backlog.learn(self._sampling, self._num_output_tokens / self._num_choices)
+        self._account()
         self._write_down()
+
+    def _account(self) -> None:
+        """For the metrics, and for what is expected of later requests."""
+        metrics = self._metrics
+        unfinished = self._num_choices - len(self._finish_reasons)
+        reasons = ["error" if self._failed else "abort"] * unfinished
+        self._finish_reasons += reasons
+        for reason in reasons:
+            metrics.observe_finish(reason)
+        metrics.observe_tokens(self._record.key_id, self._num_prompt_tokens, self._num_output_tokens)
+        if unfinished and not self._failed:
+            metrics.observe_abort()
+        if not unfinished:
+            finished = Finished(
+                seconds=time.monotonic() - self._arrival,
+                num_prompt_tokens=self._num_prompt_tokens,
+                num_cached_tokens=self._num_cached_tokens,
+                num_output_tokens=self._num_output_tokens,
+                longest=max(choice.num_tokens for choice in self._choices.values()),
+                max_tokens=self._sampling.max_tokens,
+                n=self._sampling.n,
+            )
+            metrics.observe_request(finished)
+            self._backlog.learn(self._sampling, self._num_output_tokens / self._num_choices)
 
     def _write_down(self) -> None:
         """For the request's line in the log and its trace."""
@@ -246,10 +277,10 @@ class Generation:
         record.reasoning_tokens = self._num_reasoning_tokens
         record.queue_s, record.prefill_s, record.ttft_s = self._queue_s, self._prefill_s, self._ttft_s
         record.finish_reasons, record.preemptions = self._finish_reasons, self._num_preemptions
-        for (prompt_index, _), last_s in self._last_output.items():
+        for (prompt_index, _), choice in self._choices.items():
             phases = self._phases.get(prompt_index)
-            if phases is not None and last_s > phases.last_s:
-                self._phases[prompt_index] = phases._replace(last_s=last_s)
+            if phases is not None and choice.last_s > phases.last_s:
+                self._phases[prompt_index] = phases._replace(last_s=choice.last_s)
         record.phases = list(self._phases.values())
         record.events = [Event(*event) for stream in self._streams for event in stream.events]
 
@@ -260,29 +291,38 @@ class Generation:
     def _observe(self, prompt_index: int, deltas: list[ChoiceDelta]) -> None:
         now = time.monotonic()
         for delta in deltas:
+            key = (prompt_index, delta.choice_index)
+            choice = self._choices.get(key)
+            previous_s = None if choice is None else choice.last_s
+            if choice is None:
+                choice = self._choices[key] = _Choice(now, delta.prefill_s)
+                self._tickets[prompt_index].start()
+                if delta.choice_index == 0:
+                    self._begin(prompt_index, delta, now)
+            if delta.token_ids:
+                num_tokens = len(delta.token_ids)
+                choice.num_tokens += num_tokens
+                choice.last_s = now
+                self._num_output_tokens += num_tokens
+                if self._ttft_s is None:
+                    self._ttft_s = now - self._arrival
+                    self._metrics.observe_first_token(self._ttft_s)
+                elif previous_s is not None:
+                    self._metrics.observe_inter_token(now - previous_s)
             if delta.finish_reason is not None:
                 self._finish_reasons.append(delta.finish_reason)
                 self._num_preemptions += delta.num_preemptions
-            key = (prompt_index, delta.choice_index)
-            previous = self._last_output.get(key)
-            if previous is None:
-                self._tickets[prompt_index].start()
-            if previous is None and delta.choice_index == 0:
-                self._num_cached_tokens += delta.num_cached_tokens
-                self._queue_s = _longer(self._queue_s, delta.queue_s)
-                self._prefill_s = _longer(self._prefill_s, delta.prefill_s)
-                if delta.queue_s is not None and delta.prefill_s is not None and len(self._phases) < MAX_PHASES:
-                    self._phases[prompt_index] = Phases(delta.queue_s, delta.prefill_s, now, now)
-            if previous is None or delta.token_ids:
-                self._last_output[key] = now
-            if not delta.token_ids:
-                continue
-            self._num_output_tokens += len(delta.token_ids)
-            if self._ttft_s is None:
-                self._ttft_s = now - self._arrival
-                self._metrics.observe_first_token(self._ttft_s)
-            elif previous is not None:
-                self._metrics.observe_inter_token(now - previous)
+                decode_s = choice.last_s - choice.first_s
+                self._metrics.observe_choice(delta.finish_reason, choice.prefill_s, decode_s, choice.num_tokens)
+
+    def _begin(self, prompt_index: int, delta: ChoiceDelta, now: float) -> None:
+        """A prompt has been computed: this is the first of its first choice."""
+        self._num_cached_tokens += delta.num_cached_tokens
+        self._queue_s = _longer(self._queue_s, delta.queue_s)
+        self._prefill_s = _longer(self._prefill_s, delta.prefill_s)
+        self._metrics.observe_prompt(delta.queue_s, delta.prefill_s)
+        if delta.queue_s is not None and delta.prefill_s is not None and len(self._phases) < MAX_PHASES:
+            self._phases[prompt_index] = Phases(delta.queue_s, delta.prefill_s, now, now)
 
 
 def _longer(one: float | None, other: float | None) -> float | None:

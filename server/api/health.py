@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, Response
 from engine.client import EngineClient
 from engine.messages import LoadProgress
 from server.config import ServerConfig
-from server.metrics import CONTENT_TYPE
+from server.metrics_server import metrics_response
 from server.state import ServerState
 
 PAGE = Path(__file__).parent.parent / "static" / "index.html"
@@ -78,9 +78,9 @@ def router(state: ServerState) -> APIRouter:
         return Response(msgspec.json.encode(Version(VERSION)), media_type="application/json")
 
     @routes.get("/metrics")
-    async def get_metrics() -> Response:
+    async def get_metrics(request: Request) -> Response:
         """Prometheus metrics."""
-        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+        return metrics_response(state.metrics, request.headers)
 
     @routes.get("/", include_in_schema=False)
     async def get_page(request: Request) -> Response:

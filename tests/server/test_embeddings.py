@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import re
 from typing import Any
 
 import httpx
@@ -15,6 +14,7 @@ import pytest
 from engine.client import Embedding
 from engine.errors import ContextLengthExceeded, RequestFailed
 from server.config import ServerConfig
+from tests.metrics_text import metric
 from tests.server.conftest import Api
 from tests.server.fake_client import HIDDEN_SIZE, FakeEngineClient
 from tests.server.test_lifetime import Connection, until
@@ -38,10 +38,6 @@ def expected(token_ids: list[int], dimensions: int = HIDDEN_SIZE) -> np.ndarray:
     """The fake engine's vector of a prompt, cut and scaled."""
     vector = np.bincount(np.array(token_ids) % HIDDEN_SIZE, minlength=HIDDEN_SIZE)[:dimensions].astype(float)
     return vector / (np.linalg.norm(vector) or 1.0)
-
-
-def metric(api_text: str, name: str) -> float:
-    return sum(float(value) for value in re.findall(rf"^octavo_{name}(?:{{.*}})? (\S+)$", api_text, re.MULTILINE))
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -304,5 +300,10 @@ def test_metrics_count_inputs() -> None:
             return (await http.get("/metrics")).text
 
     text = asyncio.run(scenario())
-    assert 'finished_reason="stop",model_name="tiny"} 2.0' in text and 'finished_reason="error",model_name="tiny"} 1.0' in text
-    assert metric(text, "request_prompt_tokens_sum") == 3 and metric(text, "request_prompt_tokens_count") == 1
+    assert metric(text, "octavo_request_success_total", finished_reason="stop") == 2
+    assert metric(text, "octavo_request_success_total", finished_reason="error") == 1
+    assert metric(text, "octavo_request_prompt_tokens_sum") == 3
+    assert metric(text, "octavo_request_prompt_tokens_count") == 1
+    assert metric(text, "octavo_request_queue_time_seconds_sum") == 2 * 0.25
+    assert metric(text, "octavo_request_prefill_time_seconds_sum") == 2 * 0.5
+    assert metric(text, "octavo_api_key_prompt_tokens_total") == 4

@@ -10,7 +10,6 @@ import pytest
 
 from engine.client import EngineClient
 from engine.errors import InvalidRequest, RequestFailed
-from engine.messages import EngineStats
 from server.app import create_app
 from server.config import ServerConfig
 from tests.server.conftest import Api, events
@@ -119,29 +118,3 @@ def test_one_refused_prompt_leaves_none_running(api: Api) -> None:
     response = api.complete(prompt=["a", "b", "c"], stream=True)
     assert response.status_code == 400
     assert len(api.client.streams) == 2 and all(stream.aborted for stream in api.client.streams)
-
-
-def test_metrics_count_what_happened() -> None:
-    async def scenario() -> str:
-        client = FakeEngineClient()
-        async with client.http() as http:
-            await http.post("/v1/completions", json={"prompt": "ab", "n": 2, "max_tokens": 3})
-            client.fail_after, client.stream_error = 1, RequestFailed("no")
-            await http.post("/v1/completions", json={"prompt": "ab", "n": 2, "max_tokens": 3})
-            client.stats = EngineStats(num_running=3, num_blocks=4, num_referenced_blocks=1, prompt_tokens=9, preemptions=2)
-            return (await http.get("/metrics")).text
-
-    text = asyncio.run(scenario())
-    for line in (
-        'octavo_num_requests_running{model_name="tiny"} 3.0',
-        'octavo_kv_cache_usage_perc{model_name="tiny"} 0.25',
-        'octavo_prompt_tokens_total{model_name="tiny"} 9.0',
-        'octavo_num_preemptions_total{model_name="tiny"} 2.0',
-        'octavo_request_success_total{finished_reason="length",model_name="tiny"} 2.0',
-        'octavo_request_success_total{finished_reason="error",model_name="tiny"} 2.0',
-        'octavo_time_to_first_token_seconds_count{model_name="tiny"} 2.0',
-        'octavo_inter_token_latency_seconds_count{model_name="tiny"} 4.0',
-        'octavo_e2e_request_latency_seconds_count{model_name="tiny"} 1.0',
-        'octavo_request_generation_tokens_sum{model_name="tiny"} 6.0',
-    ):
-        assert line in text.splitlines(), line
