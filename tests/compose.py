@@ -1,6 +1,6 @@
 """What `docker compose config` prints of our files, worked out here too, because few machines that run the tests have Compose.
 
-Only what our files use: `${NAME:-default}` and `${NAME:+other}`, nested; `extends`; merges of maps and lists; `!reset` and
+Only what our files use: `${NAME}`, `${NAME:-default}` and `${NAME:+other}`, nested; `extends`; merges of maps and lists; `!reset` and
 `!override`. Where Docker Compose is installed, the tests compare with it.
 """
 

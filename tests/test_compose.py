@@ -103,10 +103,9 @@ def test_a_server_in_a_container(config: Resolver, files: Sequence[str]) -> None
         assert server["init"] is True and server["restart"] == "unless-stopped"
         assert mounts(server) == {"/models": "models", "/home/octavo/.cache": "cache"}
         environ = {name: given.get(name) if value is None else value for name, value in server["environment"].items()}
-        assert {name: environ[name] for name in given} == given
+        assert (environ["HF_TOKEN"], environ["HF_HUB_OFFLINE"]) == ("token", "1")
         settings = load_config([], {**environ, "OCTAVO_DEVICE": "cpu"})
         assert (settings.model, settings.port) == ("some/model", 8000)
-        assert settings.read_keys().find(b"sesame")
         # Docker kills after the grace period, which the server, once its open work is done or ended, needs a little of too.
         open_work_s = settings.drain_delay_s + settings.shutdown_timeout_s
         assert seconds(server["stop_grace_period"]) >= open_work_s + 15
@@ -133,15 +132,25 @@ def test_prometheus_and_grafana_get_our_files(config: Resolver, files: Sequence[
 
 
 @pytest.mark.parametrize(
-    ("environ", "content"),
-    [({}, "none"), (KEY, "sesame"), (KEY | {"PROMETHEUS_API_KEY": "other"}, "other")],
+    ("environ", "content", "scopes"),
+    [
+        ({}, "none", {}),
+        (KEY, "sesame", {b"sesame": {"api", "metrics"}}),
+        (KEY | {"PROMETHEUS_API_KEY": "other"}, "other", {b"sesame": {"api"}, b"other": {"metrics"}}),
+    ],
     ids=["no key", "the server's", "one of its own"],
 )
-def test_the_key_that_prometheus_shows(config: Resolver, environ: dict[str, str], content: str) -> None:
+def test_the_keys(config: Resolver, environ: dict[str, str], content: str, scopes: dict[bytes, set[str]]) -> None:
+    """Prometheus shows one that the server takes for /metrics."""
     resolved = config(GPU, environ)
     (name,) = resolved["configs"]
     assert resolved["configs"][name]["content"] == content
     assert resolved["services"]["prometheus"]["configs"] == [{"source": name, "target": "/etc/prometheus/octavo-api-key"}]
+    given = resolved["services"]["octavo"]["environment"]["OCTAVO_API_KEY"]
+    ring = load_config([], {"OCTAVO_API_KEY": given, "OCTAVO_DEVICE": "cpu"}).read_keys()
+    found = {key: ring.find(key) for key in scopes}
+    assert {key: known and known.scopes for key, known in found.items()} == scopes
+    assert bool(ring) == bool(scopes)
 
 
 @VARIANTS
@@ -179,6 +188,7 @@ def test_the_example_names_settings() -> None:
     ("text", "expected"),
     [
         ("a${SET:-x}b", "a1b"),
+        ("${SET}${UNSET}", "1"),
         ("${UNSET:-x}", "x"),
         ("${SET:+y}", "y"),
         ("f${UNSET:+y}.yml", "f.yml"),
@@ -191,5 +201,5 @@ def test_interpolation(text: str, expected: str) -> None:
 
 
 def test_interpolation_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="neither"):
+    with pytest.raises(ValueError, match="none of"):
         interpolate("${NAME:?no}", {})
