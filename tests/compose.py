@@ -1,7 +1,7 @@
 """What `docker compose config` prints of our files, worked out here too, because few machines that run the tests have Compose.
 
-Only what our files use: `${NAME}`, `${NAME:-default}` and `${NAME:+other}`, nested; `extends`; merges of maps and lists; `!reset` and
-`!override`. Where Docker Compose is installed, the tests compare with it.
+Only what our files use: `${NAME}`, `${NAME:-default}` and `${NAME:+other}`, nested; `extends`; merges of maps and lists;
+`!reset` and `!override`. Where Docker Compose is installed, the tests compare with it.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ def interpolate(text: str, environ: Mapping[str, str]) -> str:
             raise ValueError(f"no name in {text[start : end + 1]}")
         operator, word = text[name.end() : name.end() + 2], text[name.end() + 2 : end]
         value = environ.get(name[0], "")
-        if operator not in (":-", ":+"):
-            raise ValueError(f"{text[start : end + 1]} is neither ${{NAME:-default}} nor ${{NAME:+other}}")
-        chosen = (
-            value if operator == ":-" and value else interpolate(word, environ) if (operator == ":+") == bool(value) else ""
-        )
-        out, position = out + text[position:start] + chosen, end + 1
+        if name.end() < end:
+            if operator not in (":-", ":+"):
+                raise ValueError(f"{text[start : end + 1]} is none of ${{NAME}}, ${{NAME:-default}} and ${{NAME:+other}}")
+            if (operator == ":+") == bool(value):
+                value = interpolate(word, environ)
+        out, position = out + text[position:start] + value, end + 1
     return out + text[position:]
 
 
