@@ -432,22 +432,18 @@ class AttentionBench:
                 q[:num], *self.pages, table, rows.row_slots[:num], lengths, scaling=self.scaling
             )
         if len(batch.query_lens) > num:
-            group = self.shape.num_heads // self.shape.num_kv_heads
-            for head in range(self.shape.num_kv_heads):  # one at a time: all scores of 8,192 tokens are 9 GB
-                kv, queries = slice(head, head + 1), slice(head * group, (head + 1) * group)
-                prefill_attention_reference(
-                    q[:, queries],
-                    k[:, kv],
-                    v[:, kv],
-                    self.pages[0][:, kv],
-                    self.pages[1][:, kv],
-                    table,
-                    rows.row_slots[num:],
-                    rows.query_starts[num:],
-                    rows.context_lens[num:],
-                    out[:, queries],
-                    scaling=self.scaling,
-                )
+            prefill_attention_reference(
+                q,
+                k,
+                v,
+                *self.pages,
+                table,
+                rows.row_slots[num:],
+                rows.query_starts[num:],
+                rows.context_lens[num:],
+                out,
+                scaling=self.scaling,
+            )
         return out
 
     def decode_cases(self, read_tbps: float | None, on_h100: bool) -> Iterator[Case]:

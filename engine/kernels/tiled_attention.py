@@ -131,12 +131,14 @@ class _Rows:
 
     def result(self) -> torch.Tensor:
         """[M, H, D]."""
-        return (self._out_KGMD / self._sum_KGM[..., None]).permute(2, 0, 1, 3).flatten(1, 2)
+        out_KGMD = self._out_KGMD / self._sum_KGM[..., None]
+        return out_KGMD.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _by_kv_head(q_QHD: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[K, G, Q, D]: the queries of the heads that share a key head stand together."""
-    return q_QHD.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    q_QKGD: torch.Tensor = q_QHD.unflatten(1, (num_kv_heads, -1))
+    return q_QKGD.permute(1, 2, 0, 3)
 
 
 def _visible(
