@@ -142,7 +142,8 @@ def _ask(config: ModelConfig, report: Report, *, can_wait: bool) -> Repository:
 
     report("fetch", f"{config.model} from the Hugging Face Hub", None)
     # Its lines would give every address, with the signatures of those that lead to storage.
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
+    for library in ("httpx2", "httpcore2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
     def wait(seconds: float, reason: str) -> None:
         report("fetch", f"{config.model}: again in {seconds:.0f} s: {reason}", None)

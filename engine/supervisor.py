@@ -38,7 +38,8 @@ KILL_TIMEOUT_S = 30.0  # a process in the middle of a driver's call ends when th
 # OpenMP reads this once, when torch loads. By default its threads spin for milliseconds at every barrier, which takes the cores
 # from the frontend and, on a machine that does anything else, from each other: a decode step of 8 sequences then took 150 to
 # 5,000 ms on two cores instead of 35. Spinning briefly keeps those 35 ms; sleeping at once (PASSIVE) makes it 65.
-OPENMP_DEFAULTS = {"GOMP_SPINCOUNT": "5000"}
+# huggingface_hub would ask the Hub for more than a model, and tell it what else runs here.
+ENGINE_DEFAULTS = {"GOMP_SPINCOUNT": "5000", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 class Death(msgspec.Struct, frozen=True):
@@ -114,7 +115,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=stderr,
-                env={**OPENMP_DEFAULTS, **_without_secrets(os.environ), "PYTHONPATH": python_path},
+                env={**ENGINE_DEFAULTS, **_without_secrets(os.environ), "PYTHONPATH": python_path},
             )
         self._process = process
         if self._stopping:  # meanwhile
