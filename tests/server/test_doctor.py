@@ -75,7 +75,7 @@ JUDGED = [
     (doctor_checks.judge_gpus(gpus({"error": "ImportError: libtorch"})), "problem", "ImportError: libtorch"),
     (doctor_checks.judge_gpus(gpus(card=replace(H100, driver="535.1"))), "problem", "too old for CUDA 13.0"),
     (doctor_checks.judge_gpus(gpus({**CUDA_TORCH, "usable": False})), "problem", "finds no usable GPU"),
-    (doctor_checks.judge_gpus(gpus(card=replace(H100, capability=7.5))), "problem", "8.0 (Ampere)"),
+    (doctor_checks.judge_gpus(gpus(card=replace(H100, capability=7.5))), "warning", "8.0 (Ampere)"),
     (doctor_checks.judge_gpus(gpus(card=replace(H100, free=2**30))), "warning", "--gpu-memory-utilization"),
     (doctor_checks.judge_gpus(gpus(card=replace(H100, persistence="Disabled"))), "warning", "nvidia-smi -pm 1"),
     (doctor_checks.judge_gpus(gpus(users=(("7", "python", 2**30),))), "ok", "python (process 7) 1.1 GB"),
