@@ -266,6 +266,14 @@ def test_one_importer_of_prometheus_client() -> None:
     assert not others, f"only server/metrics imports prometheus_client, got {sorted(others)}"
 
 
+def test_one_importer_of_opentelemetry() -> None:
+    # It is an extra, so nothing else may import the one that does, but where traces are asked for.
+    importers = {module for module, items in IMPORTS.items() for item in items if item.target.split(".")[0] == "opentelemetry"}
+    assert importers == {"server.tracing"}
+    of_it = [where(module, item) for module, items in IMPORTS.items() for item in items if item.target == "server.tracing"]
+    assert all(at.startswith("server/app.py:") for at in of_it), of_it
+
+
 def test_the_reader_of_imports() -> None:
     source = (
         "import torch.nn as nn\n"
