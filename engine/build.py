@@ -116,7 +116,9 @@ def load_engine(config: EngineConfig, report: Report) -> LoadedEngine:
     kernels = _load_kernels(config, limits, phases)
     with phases.phase("resolve", config.model.model):
         read = partial(read_config, trust_remote_code=config.model.trust_remote_code)
-        folder = resolve_model(config.model, report, check_config=read)
+        # Not asked for again when an engine has died: the branch may have moved, and open requests go on with these weights.
+        known = Path(earlier.model_dir) if earlier and earlier.model_dir else None
+        folder = known if known and known.is_dir() else resolve_model(config.model, report, check_config=read)
         hf_config = read(folder)
         dtype = resolve_dtype(config.model.dtype, limits.device, hf_config, has_kernels=kernels is not None)
         kv_dtype = torch.float8_e4m3fn if config.cache.kv_cache_dtype == "fp8" else dtype

@@ -418,7 +418,7 @@ class EngineClient:
 
     async def _restart_engine(self, ready: EngineReady) -> None:
         """Start an engine that is like the last one, and end what runs out of time until it is ready."""
-        earlier = EarlierLife(ready.num_blocks, ready.max_model_len, ready.free_device_bytes)
+        earlier = EarlierLife(ready.num_blocks, ready.max_model_len, ready.free_device_bytes, ready.model_dir)
         try:
             await self._start_engine(earlier)
         except OSError as error:

@@ -157,12 +157,13 @@ class EarlierLife(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the first engine of a server decided at load, which one that takes its place is to have as well.
 
     num_blocks: pages by KV group. free_device_bytes: what the card had free before the load; waited for until the dead engine's
-    memory has come back. 0 on a CPU.
+    memory has come back. 0 on a CPU. model_dir: the model's folder, in which no other revision of a Hub's model lies.
     """
 
     num_blocks: list[int]
     max_model_len: int
     free_device_bytes: int = 0
+    model_dir: str = ""
 
 
 class RecoveryConfig(msgspec.Struct, frozen=True, kw_only=True):

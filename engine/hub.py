@@ -86,12 +86,8 @@ def check_listing(config: ModelConfig, repository: Repository) -> None:
 def _fetch(
     config: ModelConfig, repository: Repository, report: Report, check_config: CheckFolder, check_disk: CheckDisk
 ) -> Path:
-    from huggingface_hub import hf_hub_url
-
     folder, files = hub_folder(config), repository.files
-    download = Download(
-        config.model, folder, repository.commit, lambda name: hf_hub_url(config.model, name, revision=repository.commit), report
-    )
+    download = Download(config.model, folder, repository.commit, report)
 
     def fetch(names: list[str]) -> None:
         wanted = [files[name] for name in names]
@@ -140,13 +136,13 @@ def _ask(config: ModelConfig, report: Report, *, can_wait: bool) -> Repository:
     """What the Hub lists of the revision. can_wait: whether it is asked again, after a while, when it is out of order."""
     from huggingface_hub import HfApi
 
-    report("fetch", f"{config.model} from the Hugging Face Hub", None)
+    report("look up", f"{config.model} at {hub_address()}", None)
     # Its lines would give every address, with the signatures of those that lead to storage.
     for library in ("httpx2", "httpcore2"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
     def wait(seconds: float, reason: str) -> None:
-        report("fetch", f"{config.model}: again in {seconds:.0f} s: {reason}", None)
+        report("look up", f"{config.model}: again in {seconds:.0f} s: {reason}", None)
         time.sleep(seconds)
 
     retries, api = Retries(wait), HfApi(library_name="octavo")
@@ -211,7 +207,10 @@ def _write_ref(folder: Path, revision: str, commit: str) -> None:
     path = folder / "refs" / revision
     if revision == commit or (path.is_file() and path.read_text(encoding="utf-8") == commit):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(commit, encoding="utf-8")
-    new.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(commit, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:  # all files are there: it serves, also from a cache that may only be read
+        logger.warning("%s could not be written (%s): without a network this revision will not be found", path, error.strerror)

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from engine.errors import ModelLoadError
 from engine.hub_errors import first_line
 
+MAX_HTTP_BYTES = 50_000_000_000  # of a file; the Hub gives larger ones by Xet alone
 MAX_PARALLEL = 8  # files at once, as huggingface_hub does it
 MAX_FAILURES = 5  # in a row, of one file or question
 FIRST_WAIT_S = 1.0  # and twice as long each time
@@ -77,7 +78,7 @@ class Retries:
         if not is_passing(error) or self._failures >= MAX_FAILURES or asked_s > MAX_ASKED_WAIT_S:
             raise error
         backoff_s = min(MAX_BACKOFF_S, FIRST_WAIT_S * 2 ** (self._failures - 1))
-        self._wait(max(asked_s, backoff_s), first_line(error))
+        self._wait(max(asked_s, backoff_s), _reason(error))
 
 
 class ShortAnswer(Exception):
@@ -92,6 +93,13 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in _RETRIED
     return isinstance(error, httpx2.TimeoutException | httpx2.NetworkError | httpx2.RemoteProtocolError | ShortAnswer)
+
+
+def _reason(error: Exception) -> str:
+    """In words, without an address: that of storage is signed, and lets whoever has it read the file."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return f"HTTP {error.response.status_code}" if isinstance(error, HfHubHTTPError) else first_line(error)
 
 
 def _asked_wait_s(error: Exception) -> float:
@@ -112,14 +120,15 @@ def _asked_wait_s(error: Exception) -> float:
 class Download:
     """Files of one commit of one repository, and where they go.
 
-    folder: the repository's part of the cache. url_of: by a file's name.
+    name: the repository's. folder: its part of the cache.
     """
 
-    def __init__(self, label: str, folder: Path, commit: str, url_of: Callable[[str], str], report: Report) -> None:
-        self._label = label
+    def __init__(self, name: str, folder: Path, commit: str, report: Report) -> None:
+        self._name = name
+        self._commit = commit
+        self._cache = folder.parent
         self._blobs = folder / "blobs"
         self.snapshot = folder / "snapshots" / commit
-        self._url_of = url_of
         self._report = report
         self._stop = threading.Event()
         self._progress = _Progress()
@@ -149,12 +158,15 @@ class Download:
                     for future in done:
                         future.result()
                     if is_told := is_told or bool(pending):
-                        self._report("fetch", f"{self._label}: {self._progress}", self._progress.fraction)
+                        self._report("fetch", f"{self._name}: {self._progress}", self._progress.fraction)
             except BaseException:
                 self._stop.set()  # the other files end at their next piece
                 raise
 
     def _fetch(self, file: HubFile) -> None:
+        if file.size > MAX_HTTP_BYTES:
+            self._fetch_by_library(file)
+            return
         blob, partial = self._blobs / file.blob, self._partial(file)
         if not self._has_blob(file):
             with partial.open("ab", buffering=0) as out:
@@ -169,6 +181,17 @@ class Download:
         else:
             self._progress.add(file.size, is_new=False)
         _link(blob, self.snapshot / file.name)
+
+    def _fetch_by_library(self, file: HubFile) -> None:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            hf_hub_download(self._name, file.name, revision=self._commit, cache_dir=self._cache)
+        except Exception as error:  # of the library, of HTTP, of Xet
+            if getattr(error, "errno", None) in DISK_ERRORS:
+                raise
+            raise ModelLoadError(f"{file.name} of {self._name} could not be fetched ({_reason(error)}): start again") from error
+        self._progress.add(file.size, is_new=False)
 
     def _fill(self, out: BinaryIO, partial: Path, file: HubFile) -> None:
         """Append the rest of the file, in as many answers as it takes."""
@@ -196,7 +219,7 @@ class Download:
             digest, offset = self._restart(out, file, offset)
             if is_second:
                 raise ModelLoadError(
-                    f"{file.name} of {self._label} came twice with other bytes than the Hub lists: start again, and look for a "
+                    f"{file.name} of {self._name} came twice with other bytes than the Hub lists: start again, and look for a "
                     "proxy that changes what goes through it"
                 )
             is_second = True
@@ -220,13 +243,14 @@ class Download:
         """(where it belongs, bytes) of the file from `offset` on, or from 0 where the server knows no ranges."""
         if offset >= file.size:
             return
-        from huggingface_hub import constants
+        from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = {**build_hf_headers(library_name="octavo"), "Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-        url, timeout_s = self._url_of(file.name), constants.HF_HUB_DOWNLOAD_TIMEOUT
+        url = hf_hub_url(self._name, file.name, revision=self._commit)
+        timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=timeout_s) as response:
             hf_raise_for_status(response)
             position = offset if response.status_code == 206 else 0

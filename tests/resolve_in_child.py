@@ -1,7 +1,7 @@
 """Resolves a model as the engine does, in a process of its own: `python -m tests.resolve_in_child MODEL_CONFIG_AS_JSON`.
 
 Prints its progress and the folder, or the error's sentence and exits with 1, each as a line of JSON. Waits between tries are
-short; a file may be no larger than RESOLVE_MAX_FILE_BYTES, where that is set.
+short. RESOLVE_MAX_FILE_BYTES: what a file may have at most. RESOLVE_MAX_HTTP_BYTES: what is fetched without the library.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO)
     if limit := os.environ.get("RESOLVE_MAX_FILE_BYTES"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+    hub_download.MAX_HTTP_BYTES = int(os.environ.get("RESOLVE_MAX_HTTP_BYTES", hub_download.MAX_HTTP_BYTES))
     config = msgspec.json.decode(sys.argv[1], type=ModelConfig)
     try:
         folder = resolve_model(

@@ -164,7 +164,8 @@ def test_what_is_out_of_order_for_a_while_is_asked_again(place: Place) -> None:
     place.hub.trouble("model.safetensors", 1, status=429, headers={"RateLimit": '"resolvers";r=0;t=1'})
     found = place.resolve(NAME)
     check_whole(place, found)
-    assert "again in 0 s: Server error '503" in found.told
+    assert "again in 0 s: HTTP 503" in found.told
+    assert place.hub.storage_url not in found.output
     assert found.told.count("again in 1 s") >= 2
 
 
@@ -264,6 +265,11 @@ def test_a_branch_a_tag_and_a_commit(place: Place) -> None:
         assert found.folder.name == commit
     assert place.refused(NAME, revision="v2").endswith("has no revision 'v2': it has main, dev/next, v1")
     assert f"{NAME} at revision 'v2' is not in the cache" in place.refused(NAME, revision="v2", environ=offline)
+
+
+def test_a_file_that_is_too_large_for_http_is_left_to_the_library(place: Place) -> None:
+    check_whole(place, place.resolve(NAME, environ={"RESOLVE_MAX_HTTP_BYTES": str(HALF)}))
+    assert next(asked.path for asked in place.hub.asked if asked.method == "HEAD").endswith("/model.safetensors")
 
 
 def test_a_damaged_file_in_the_cache_is_named_or_fetched_again(place: Place) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests import tiny_models
@@ -55,18 +56,29 @@ def start(place: Place, name: str, *flags: str, **environ: str) -> tuple[subproc
     return process, f"http://127.0.0.1:{port}"
 
 
-def answer(place: Place, name: str, *flags: str, **environ: str) -> tuple[str, str]:
-    """(what it writes to a prompt, its log) of a server that is started for it, and ends in order."""
-    process, url = start(place, name, *flags, **environ)
+def wait_for(process: subprocess.Popen[str], beginning: str) -> str:
+    """The log up to a line."""
     assert process.stderr is not None
     log = ""
     for line in process.stderr:
         log += line
-        if line.startswith("Octavo serves "):
-            break
+        if line.startswith(beginning):
+            return log
+    raise AssertionError(f"the server ended with {process.wait(LIMIT_S)}:\n{log}")
+
+
+def complete(url: str) -> str:
+    prompt = {"prompt": "the quick brown fox", "max_tokens": 8, "temperature": 0}
+    text: str = httpx.post(f"{url}/v1/completions", json=prompt, timeout=LIMIT_S).json()["choices"][0]["text"]
+    return text
+
+
+def answer(place: Place, name: str, *flags: str, **environ: str) -> tuple[str, str]:
+    """(what it writes to a prompt, its log) of a server that is started for it, and ends in order."""
+    process, url = start(place, name, *flags, **environ)
+    log = wait_for(process, "Octavo serves ")
     try:
-        prompt = {"prompt": "the quick brown fox", "max_tokens": 8, "temperature": 0}
-        text = httpx.post(f"{url}/v1/completions", json=prompt, timeout=60).json()["choices"][0]["text"]
+        text = complete(url)
     finally:
         process.send_signal(signal.SIGTERM)
         log += process.communicate(timeout=LIMIT_S)[1]
@@ -193,6 +205,26 @@ def test_what_the_command_says(kind: str, place: Place, run_all: bool) -> None:
     if kind in ("pickled", "images"):
         assert not place.hub.fetched("*.bin")
         assert not any(asked.sent == 5000 for asked in place.hub.fetched("*.safetensors"))
+
+
+def test_an_engine_that_takes_a_dead_one_s_place_has_its_weights(place: Place, run_all: bool) -> None:
+    if not run_all:
+        pytest.skip("two more starts: with --run-all")
+    process, url = start(place, NAME)
+    assert process.stderr is not None
+    try:
+        wait_for(process, "Octavo serves ")
+        text = complete(url)
+        before = len(place.hub.asked)
+        other = tiny_models.build("llama", place.path / "other", seed=1)
+        place.hub.repositories[NAME].commit({path.name: path.read_bytes() for path in other.iterdir()})
+        (engine,) = [child for child in psutil.Process(process.pid).children() if "engine" in " ".join(child.cmdline())]
+        engine.kill()
+        assert complete(url) == text
+        assert len(place.hub.asked) == before
+    finally:
+        process.kill()
+        process.communicate(timeout=LIMIT_S)
 
 
 def test_a_killed_server_s_download_goes_on(place: Place, run_all: bool) -> None:
