@@ -297,6 +297,7 @@ def test_only_the_request_that_needs_a_grammar_waits_for_it(tokenizer: GrammarTo
     grammars = GrammarsAtOnce(tokenizer, late=True)
     harness = MaskHarness(grammars=grammars)
     assert not harness.core.add(message_of("r", CHOICE)) and harness.core.is_compiling and not harness.core.has_work
+    assert (harness.core.stats().num_waiting, harness.core.stats().num_deferred) == (1, 1)
     harness.add("other", prompt_of(4))
     harness.run()
     assert harness.finished == {("other", 0): "length"} and harness.core.take_compiled() == []
