@@ -30,6 +30,9 @@ def import_transformers() -> None:
         importlib.import_module("transformers.models")
     finally:
         vars(import_utils)["define_import_structure"] = scan
+    # What it has to say goes where everything goes, instead of to stderr by a handler of its own.
+    transformers.logging.disable_default_handler()
+    transformers.logging.enable_propagation()
 
 
 def _in_models(files: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -27,3 +28,14 @@ sys.exit(scans != 1)
 
 def test_one_scan_and_the_same_names() -> None:
     subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=120)
+
+
+def test_its_log_lines_are_like_all_others() -> None:
+    program = (
+        "from engine.logs import LogConfig, set_up_logging; set_up_logging(LogConfig('info', 'json'), 'engine')\n"
+        "from engine.transformers_import import import_transformers; import_transformers()\n"
+        "from transformers.utils import logging; logging.get_logger('transformers.x').warning('it\\nis so')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
+    (line,) = [entry for entry in map(json.loads, done.stderr.splitlines()) if entry["logger"].startswith("transformers")]
+    assert (line["level"], line["message"]) == ("warning", "it\nis so")
