@@ -107,7 +107,7 @@ def _looks(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[Look],
         Look("system", facts.read_system, checks.judge_system),
         Look("cores", lambda: facts.read_cores(config.num_threads), checks.judge_cores),
         Look("memory", facts.read_memory, checks.judge_memory),
-        *_disk_looks(cache_root(engine.model), environ, on_gpu=on_gpu, has_own_folder=config.download_dir is not None),
+        _disk_look(cache_root(engine.model), environ, on_gpu=on_gpu, has_own_folder=config.download_dir is not None),
         Look("shared memory", facts.read_shared_memory, checks.judge_shared_memory),
         Look("limits", lambda: facts.read_limits(config.max_open_requests), checks.judge_limits),
         Look("packages", facts.read_packages, checks.judge_packages),
@@ -158,7 +158,7 @@ def _unknown(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, nearest(name, names)) for name in facts.unknown_settings(environ, known)]
 
 
-def _disk_looks(models: Path, environ: Mapping[str, str], *, on_gpu: bool, has_own_folder: bool) -> list[Look]:
+def _disk_look(models: Path, environ: Mapping[str, str], *, on_gpu: bool, has_own_folder: bool) -> Look:
     home = Path.home() / ".cache"
     hub = Path(environ.get("HF_HUB_CACHE") or Path(environ.get("HF_HOME") or home / "huggingface") / "hub").expanduser()
     folders = [("models", models, "name another folder with --download-dir")]
@@ -170,7 +170,7 @@ def _disk_looks(models: Path, environ: Mapping[str, str], *, on_gpu: bool, has_o
     else:
         folders.append(("kernels", home / "octavo" / "kernels", "set HOME to a folder that this user may write"))
     folders.append(("temporary files", Path(tempfile.gettempdir()), "name another folder with TMPDIR"))
-    return [Look("disk", lambda each=each: facts.read_disk(*each), checks.judge_disk) for each in folders]  # type: ignore[misc]
+    return Look("disk", lambda: [facts.read_disk(*folder) for folder in folders], checks.judge_disks)
 
 
 def _port_looks(config: ServerConfig) -> list[Look]:

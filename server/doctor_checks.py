@@ -63,17 +63,23 @@ def judge_memory(memory: Memory) -> list[Finding]:
     return [Finding("memory", "ok", what)]
 
 
-def judge_disk(disk: Disk) -> list[Finding]:
-    what = f"{_gb(disk.free)} free for {disk.purpose} in {disk.path}"
-    if not disk.is_writable:
-        return [
-            Finding(
-                "disk", "problem", f"{disk.path}, for {disk.purpose}, cannot be written", f"mend its owner or {disk.setting}"
-            )
-        ]
-    if disk.free < LEAST_DISK:
-        return [Finding("disk", "warning", what, f"free some space, or {disk.setting}")]
-    return [Finding("disk", "ok", what)]
+def judge_disks(disks: Sequence[Disk]) -> list[Finding]:
+    """What is wrong with each; those that are well in one line for each file system."""
+    findings = []
+    well: dict[int, list[Disk]] = {}
+    for disk in disks:
+        if not disk.is_writable:
+            what = f"{disk.path}, for {disk.purpose}, cannot be written"
+            findings.append(Finding("disk", "problem", what, f"mend its owner and mode, or {disk.setting}"))
+        elif disk.free < LEAST_DISK:
+            what = f"{_gb(disk.free)} free for {disk.purpose} in {disk.path}"
+            findings.append(Finding("disk", "warning", what, f"free some space, or {disk.setting}"))
+        else:
+            well.setdefault(disk.device, []).append(disk)
+    for same in well.values():
+        places = ", ".join(f"{disk.purpose} ({disk.path})" for disk in same)
+        findings.append(Finding("disk", "ok", f"{_gb(min(disk.free for disk in same))} free for {places}"))
+    return findings
 
 
 def judge_limits(limits: ProcessLimits) -> list[Finding]:

@@ -55,13 +55,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Disk:
-    """setting: what names another folder in its place."""
+    """setting: what names another folder in its place. device: the file system, by its number."""
 
     purpose: str
     path: str
     free: int
     is_writable: bool
     setting: str
+    device: int = 0
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def read_disk(purpose: str, path: Path, setting: str) -> Disk:
             is_writable = True
     except OSError:
         is_writable = False
-    return Disk(purpose, str(path), shutil.disk_usage(existing).free, is_writable, setting)
+    return Disk(purpose, str(path), shutil.disk_usage(existing).free, is_writable, setting, existing.stat().st_dev)
 
 
 def read_limits(max_open_requests: int) -> ProcessLimits:

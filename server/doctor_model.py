@@ -75,7 +75,7 @@ def _waits(config: EngineConfig, path: Path) -> tuple[str, int]:
 
 
 def _fit(config: EngineConfig, answer: Mapping[str, Any], environ: Mapping[str, str]) -> tuple[str, str]:
-    """By `octavo plan`'s arithmetic: (what it takes, "") or (what it takes, why it does not fit)."""
+    """By `octavo plan`'s arithmetic: (what the pages hold, "") or ("", why it does not fit)."""
     with tempfile.TemporaryDirectory(prefix="octavo-doctor-") as scratch:
         folder = Path(answer["folder"] or scratch)
         if answer["folder"] is None:
@@ -84,7 +84,9 @@ def _fit(config: EngineConfig, answer: Mapping[str, Any], environ: Mapping[str, 
             plan = make_plan(config, find_device(config.device, None, environ), folder, answer["config"])
         except OctavoError as error:
             return "", error.message
-    return describe(plan).splitlines()[-1].strip() if plan.kv else "", plan.problem
+    if plan.kv is None:
+        return "", f"it does not fit: {plan.problem}"
+    return describe(plan).splitlines()[-1].strip(), ""
 
 
 def judge_model(facts: ModelFacts) -> list[Finding]:
@@ -103,9 +105,7 @@ def judge_model(facts: ModelFacts) -> list[Finding]:
             findings.append(Finding("model", "ok", f"{facts.name} is whole, in {facts.answer['folder']}"))
         findings.append(Finding("model", "ok", f"{facts.answer['architecture']} is an architecture that Octavo runs"))
         if facts.problem:
-            findings.append(
-                Finding("model", "problem", f"it does not fit: {facts.problem}", "see `octavo plan`, which names flags")
-            )
+            findings.append(Finding("model", "problem", facts.problem, "see `octavo plan`, which names flags"))
         else:
             findings.append(Finding("model", "ok", f"it fits: {facts.fit}"))
     return findings
