@@ -12,7 +12,7 @@ from bench_frontend import Figures
 
 def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_scrape, "NUM_RENDERS", 2)
-    flags = "--pairs 2 --streams 2 --rounds 1 --input-len 4 --output-len 5 --rate 400 --keys 3"
+    flags = "--pairs 2 --streams 16 --rounds 2 --input-len 4 --output-len 20 --rate 4000 --keys 3"
     assert bench_scrape.main([*flags.split(), "--json", str(tmp_path / "out.json")]) == 0
     record = json.loads((tmp_path / "out.json").read_text())
     assert len(record["lost_percent"]["throughput"]) == 2 and len(record["scrape_s"]) >= 2

@@ -69,8 +69,11 @@ def scraped(talk: Talk = nothing, *, accept: str = "", stats: EngineStats = STAT
 
 def documented() -> dict[str, tuple[str, set[str]]]:
     """By name as in the page: type and own labels. The frontend's process metrics, which have no prefix, are not among them."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\|", DOCS.read_text(), re.MULTILINE)
-    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    rows = re.findall(r"^\| `(\w+)(?:\{([\w, ]+)\})?` \| (\w+) \| ([^|]*) \|$", DOCS.read_text(), re.MULTILINE)
+    return {
+        name: (kind, set(re.findall(r"`(\w+)`", text)) if kind == "info" else set(re.findall(r"\w+", labels)))
+        for name, labels, kind, text in rows
+    }
 
 
 def exposed(text: str, prefix: str = "octavo_") -> dict[str, tuple[str, set[str]]]:
@@ -101,6 +104,16 @@ def test_the_prefix_is_a_setting() -> None:
     text = scraped(one_of_each, accept="application/openmetrics-text", metrics_prefix="vllm:").text
     assert exposed(text, "vllm:") == documented() and "octavo_" not in text
     assert metric(scraped(metrics_prefix="vllm:").text, "vllm:num_requests_waiting", model_name="tiny", engine="0") == 5
+
+
+def test_what_is_made_for_vllm_finds_what_it_asks_for() -> None:
+    named = set(re.findall(r"`vllm:(\w+)`", DOCS.read_text()))
+    assert len(named) > 15
+    text = scraped(one_of_each, metrics_prefix="vllm:").text
+    families = {family.name: family for family in prometheus_client.parser.text_string_to_metric_families(text)}
+    for name in named:
+        family = families[f"vllm:{name}".removesuffix("_total")]
+        assert family.samples and all(sample.labels["model_name"] == "tiny" for sample in family.samples), name
 
 
 @pytest.mark.parametrize("prefix", ["", "1a", "a-b", "vllm.", "ä", "a b", "a" * 65, "a{", "a\n"])
