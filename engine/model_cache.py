@@ -101,8 +101,10 @@ def present_folder(config: ModelConfig) -> Path:
     else:
         folder = hub_snapshot(config)
     if folder is None or not (folder / "config.json").is_file():
+        near = nearest_in_cache(config) if is_hub_id(config.model) else []
+        hint = f" ({', '.join(near)} is)" if near else ""
         raise ModelLoadError(
-            f"{config.model} is not on this machine yet, so its sizes are unknown: give a folder with its config.json, or let "
-            "`octavo serve` fetch it"
+            f"{config.model} is not on this machine yet{hint}, so its sizes are unknown: give a folder with its config.json, "
+            "or let `octavo serve` fetch it"
         )
     return folder
