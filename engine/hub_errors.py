@@ -30,18 +30,19 @@ def first_line(error: BaseException) -> str:
 
 
 def in_cache_hint(config: ModelConfig) -> str:
-    """', did you mean ...' with the nearest names in the cache; nothing where there are none."""
+    """' (in the cache there is ...)' with the nearest names; nothing where there are none."""
     names = nearest_in_cache(config)
     return f" (in the cache there is {', '.join(names)})" if names else ""
 
 
 def offline_error(config: ModelConfig, missing: str | None) -> ModelLoadError:
     """For a model that is not in the cache, or only in part (missing: a file), while the Hub may not be asked."""
-    part = f"{missing} of {config.model}" if missing else f"{config.model}{_at_revision(config)}"
-    hint = "" if missing else in_cache_hint(config)
+    revision = f" at revision {config.revision!r}" if config.revision else ""
+    where = f"in the cache {hub_cache(config)}"
+    state = f"is {where} without {missing}" if missing else f"is not {where}{in_cache_hint(config)}"
     return ModelLoadError(
-        f"{part} is not in the cache {hub_cache(config)}{hint}, and HF_HUB_OFFLINE forbids to fetch it: start once without "
-        "HF_HUB_OFFLINE, or give a local folder"
+        f"{config.model}{revision} {state}, and HF_HUB_OFFLINE forbids to fetch it: start once without HF_HUB_OFFLINE, or give "
+        "a local folder"
     )
 
 
@@ -116,6 +117,8 @@ def _not_found(config: ModelConfig) -> str:
 
 def _refused(error: HfHubHTTPError, name: str) -> str:
     status = error.response.status_code
+    if status == 401 and not _has_token():
+        return f"the Hub at {hub_address()} gives {name} only to who has a token: set HF_TOKEN, or log in with `hf auth login`"
     if status == 401:
         return (
             f"the Hub does not accept the token in {_TOKEN} for {name}: make a new one at {HUB_SETTINGS}, or unset it for "
@@ -131,7 +134,3 @@ def _refused(error: HfHubHTTPError, name: str) -> str:
     if status >= 500 or status == 408:
         return f"the Hub at {hub_address()} answers {status}{quoted} for {name}, several times in a row: start again later"
     return f"the Hub at {hub_address()} refuses {name} with {status}{quoted}: see {hub_address()}/{name}"
-
-
-def _at_revision(config: ModelConfig) -> str:
-    return f" at revision {config.revision!r}" if config.revision else ""

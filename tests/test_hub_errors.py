@@ -76,7 +76,7 @@ def test_off_line(place: Place) -> None:
     folder = place.resolve(NAME).folder
     assert folder is not None
     (folder / "model.safetensors").unlink()
-    assert place.refused(NAME, environ=OFFLINE).startswith(f"the weights of {NAME} is not in the cache {cache}, and")
+    assert place.refused(NAME, environ=OFFLINE).startswith(f"{NAME} is in the cache {cache} without the weights, and HF_HUB")
 
 
 def test_a_hub_that_cannot_be_reached(place: Place) -> None:
