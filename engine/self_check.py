@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from engine.config import ModelConfig
-from engine.errors import OctavoError
-from engine.model_cache import present_folder
+from engine.errors import ModelLoadError, OctavoError
+from engine.model_cache import is_hub_id, present_folder
 
 HUB_TIMEOUT_S = 10.0
 
@@ -58,12 +58,15 @@ def look_at_model(config: ModelConfig) -> dict[str, Any]:
     from engine.hub_errors import offline_error
 
     path = Path(config.model).expanduser()
-    is_hub_id = config.model != "demo" and not path.exists()
     try:
         folder = present_folder(config)
     except OctavoError:
-        if not is_hub_id:
+        if config.model == "demo" or path.exists():
             raise
+        if not is_hub_id(config.model):
+            raise ModelLoadError(
+                f"there is no file or folder {path}: give a Hub id, a model folder, a GGUF file or 'demo'"
+            ) from None
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
@@ -75,7 +78,6 @@ def look_at_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def _check_files(config: ModelConfig, folder: Path) -> None:
-    from engine.errors import ModelLoadError
     from engine.weight_files import check_weights, check_whole, needed_weights
 
     names = {file.name for file in folder.iterdir()}

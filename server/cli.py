@@ -32,7 +32,13 @@ first steps:
 
 def main() -> None:
     """Console entry. Exit codes: 0 after an orderly end, 1 when the command failed, 2 for a wrong command line or setting."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read stdout has gone; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -52,6 +52,7 @@ def test_a_model_of_the_hub_that_is_not_here_yet(place: Place) -> None:
     [
         (GATED, {}, "is gated", "HF_TOKEN"),
         ("meta/nothing", {}, "no Hub model", "check the spelling"),
+        ("./nothing", {}, "there is no file or folder", "give a Hub id"),
         (NAME, {"HF_HUB_OFFLINE": "1"}, "is not in the cache", "start once without"),
         (NAME, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be reached", "check the network"),
     ],

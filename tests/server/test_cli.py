@@ -126,6 +126,12 @@ def test_wrong_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["serve", "--chat-template", "/no/such.jinja"]) == 2
 
 
+def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
+    command = f"{sys.executable} -m server.cli serve --help"
+    done = subprocess.run(["bash", "-c", f"{command} | true; echo $?"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert re.fullmatch(r"octavo \d+\.\d+\.\d+\n", capsys.readouterr().out)
