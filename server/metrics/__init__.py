@@ -161,8 +161,8 @@ class Metrics:
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """All of them, in the format for a scraper with this Accept header, and the content type."""
-        encode, content_type = choose_format(accept)
-        return encode(self._registry), content_type
+        write, content_type = choose_format(accept)
+        return write(self._registry.collect()), content_type
 
 
 def _each(values: Collection[str]) -> list[tuple[str, ...]]:

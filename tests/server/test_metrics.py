@@ -9,17 +9,24 @@ import shutil
 import subprocess
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
+import msgspec
+import prometheus_client.openmetrics.exposition
 import prometheus_client.openmetrics.parser
 import prometheus_client.parser
 import pytest
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 
+from engine.client import EngineClient
 from engine.errors import ConfigError, DeadlineExceeded, RequestFailed
 from engine.histogram import HistogramCounts
 from engine.messages import STEP_TIME_BOUNDS_S, STEP_TOKENS_BOUNDS, DeviceUsage, EngineStats
 from server.config import ServerConfig, load_config
+from server.metrics import Metrics
+from server.metrics.exposition import write_openmetrics, write_text
 from tests.metrics_text import metric
 from tests.server.fake_client import FakeEngineClient
 
@@ -159,6 +166,20 @@ def test_a_scraper_gets_the_format_that_it_asks_for(accept: str, is_openmetrics:
     counters = [family for family in families if family.type == "counter"]
     assert len(counters) > 15
     assert all(sample.name.endswith("_total") for family in counters for sample in family.samples)
+
+
+def test_what_is_written_is_what_the_library_would_write() -> None:
+    client = FakeEngineClient()
+    client.stats = msgspec.structs.replace(STATS, generation_tokens=10**15, cpu_seconds=1e-7, step_tokens=HistogramCounts())
+    name = 'a "model"\nof \\ C:\\é'
+    metrics = Metrics(cast(EngineClient, client), ServerConfig(model="tiny", served_model_name=[name], metrics_prefix="vllm:"))
+    metrics.observe_response("", 200)
+    metrics.observe_first_token(float("inf"))
+    families = list(metrics._registry.collect())
+    same = SimpleNamespace(collect=lambda: families)
+    assert write_text(families) == prometheus_client.generate_latest(same, ALLOWUTF8)
+    assert write_openmetrics(families) == prometheus_client.openmetrics.exposition.generate_latest(same, ALLOWUTF8)
+    assert metric(write_text(families).decode(), "vllm:generation_tokens_total", model_name=name) == 10**15
 
 
 # What promtool finds wrong with names that are vLLM's.
