@@ -48,7 +48,7 @@ def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def test_ready_line_and_an_orderly_end() -> None:
     with served() as (process, url, lines):
-        assert any("weights: tiny 50%" in line for line in lines)
+        assert any("weights: tiny (50%)" in line for line in lines)
         assert f" chat --url {url}, or: curl " in lines[-1] and "this machine only" in lines[-1]
         (phases,) = [line for line in lines if "ready after" in line]
         assert re.search(r"ready after [\d.]+ s: frontend [\d.]+ s, .*other [\d.]+ s$", phases.strip())
