@@ -99,6 +99,23 @@ def make_core(
     )
 
 
+def make_bare_core(
+    kv_cache: KVCacheManager,
+    *,
+    scheduler_class: Callable[..., Scheduler] = Scheduler,
+    vocab_size: int = 32000,
+    **scheduler_settings: Any,
+) -> EngineCore:
+    """A core without a model, whose steps take no time: for what depends on no clock. scheduler_settings: see Scheduler."""
+    return EngineCore(
+        scheduler_class(kv_cache, **scheduler_settings),
+        InstantRunner(),
+        vocab_size=vocab_size,
+        eos_token_ids=frozenset(),
+        pipeline_depth=0,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """One step as it was launched. slots and num_tokens: a row each; seconds: from its launch until its result was there."""

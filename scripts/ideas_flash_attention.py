@@ -23,6 +23,7 @@ what is free) is marked. Last a prompt goes through the engine's own core, whole
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -149,8 +150,8 @@ def measure_case(
         if call is None:
             continue
         try:
-            record |= asdict(ideas_memory.usage(call, device))
-            record["error"] = relative_error(call()[rows], exact)
+            used, out = ideas_memory.usage(call, device)
+            record |= asdict(used) | {"error": relative_error(out[rows], exact)}
         except ideas_memory.DoesNotFit:
             record["fits"] = False
         records.append(record)
@@ -193,7 +194,8 @@ def measure_core(model: str, lengths: Sequence[int], device: str, seed: int, bar
             core = ideas_engine.make_core(engine, runner=timed, enable_prefix_caching=False, pipeline_depth=0)
             prompt = ideas_engine.random_prompt(np.random.default_rng(seed + length), length, engine.vocab_size)
             try:
-                record |= asdict(ideas_memory.usage(lambda core=core, prompt=prompt: prefill(core, prompt), device))  # type: ignore[misc]
+                used, _ = ideas_memory.usage(functools.partial(prefill, core, prompt), device)
+                record |= asdict(used)
                 record["step_tokens"] = sorted({tuple(step.num_tokens) for step in timed.steps})
             except ideas_memory.DoesNotFit:
                 record["fits"] = False

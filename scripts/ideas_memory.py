@@ -13,13 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from engine.host_memory import available_bytes
+
+Result = TypeVar("Result")
+
+LONG_S = 2.0
+"""A call that takes longer is not repeated: its time is that under the profiler, which is little then."""
 
 _PROC = Path("/proc/self")
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
@@ -39,18 +45,18 @@ class DoesNotFit(Exception):
     """There is not so much memory."""
 
 
-def usage(call: Callable[[], object], device: str, *, limit_bytes: int | None = None, enough_s: float = 1.0) -> Usage:
-    """Of a call, which is repeated until enough_s have passed, three times at most. Raises DoesNotFit where it finds no memory:
-    on a CPU no more than limit_bytes, by default half of what is free."""
+def usage(call: Callable[[], Result], device: str, *, limit_bytes: int | None = None) -> tuple[Usage, Result]:
+    """Of a call, and what it returned. It is repeated for the time if it takes less than LONG_S. Raises DoesNotFit where it
+    finds no memory: on a CPU no more than limit_bytes, by default half of what is free."""
     with _memory_errors(), _limited(limit_bytes) if device == "cpu" else nullcontext():
-        seconds = [_timed(call, device)]
-        while len(seconds) < 3 and sum(seconds) < enough_s:
-            seconds.append(_timed(call, device))
-        if device == "cuda":
-            return Usage(min(seconds), _peak_on_gpu(call), None)
-        with _growth() as grown:
-            peak = _traced_peak(call)
-        return Usage(min(seconds), peak, grown[0] if grown else None)
+        watched = _watch_gpu if device == "cuda" else _watch_cpu
+        first, result = watched(call)
+        seconds = [first.seconds]
+        if first.seconds < LONG_S:
+            seconds = [_timed(call, device)]
+            while len(seconds) < 3 and sum(seconds) < LONG_S:
+                seconds.append(_timed(call, device))
+        return replace(first, seconds=min(seconds)), result
 
 
 def _timed(call: Callable[[], object], device: str) -> float:
@@ -63,27 +69,30 @@ def _timed(call: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def _peak_on_gpu(call: Callable[[], object]) -> int:
+def _watch_gpu(call: Callable[[], Result]) -> tuple[Usage, Result]:
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    started = time.perf_counter()
+    result = call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return Usage(time.perf_counter() - started, torch.cuda.max_memory_allocated() - before, None), result
 
 
-def _traced_peak(call: Callable[[], object]) -> int:
-    with _silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        result = call()
-    del result  # only now: it is part of the peak
+def _watch_cpu(call: Callable[[], Result]) -> tuple[Usage, Result]:
+    with _growth() as grown, _silent_stderr():
+        started = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            result = call()
+            seconds = time.perf_counter() - started
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
     changes = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for change in sorted(changes, key=lambda event: int(event.start_ns())):
         held += change.nbytes()
         peak = max(peak, held)
-    return peak
+    return Usage(seconds, peak, grown[0] if grown else None), result
 
 
 @contextmanager
