@@ -63,7 +63,7 @@ def test_all_of_it_together(tmp_path: Path) -> None:
             assert http.post("/admin/drain", headers=ops).status_code == 202
         code, rest = end_of(process)
     assert code == 0 and "Traceback" not in rest
-    assert "key ann, POST '/v1/completions'" in rest and "asked for by key ops" in rest
+    assert "POST /v1/completions 200, key ann" in rest and "asked for by key ops" in rest
     for secret in ("tulip", "rose", "peony"):
         assert secret not in text + rest
 
