@@ -16,7 +16,7 @@ from typing import Any
 from tests.local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 
 # Every look-up of a name and every connection of Python's sockets leaves a line; those of a served client come in, not out.
 GUARD = """

@@ -136,6 +136,20 @@ def test_a_disk_that_fills_up_keeps_what_has_come(place: Place) -> None:
         assert int(begun.removeprefix("bytes=").rstrip("-")) >= HALF
 
 
+def test_a_cache_that_may_only_be_read_serves_what_it_has(place: Place) -> None:
+    repository = place.hub.repositories[NAME]
+    repository.tags["v1"] = repository.branches["main"]
+    with small_disk(place.path / "small", 2 * 1024 * 1024):
+        first = place.resolve(NAME, download_dir=str(place.path / "small"))
+        subprocess.run(["mount", "-o", "remount,ro", str(place.path / "small")], check=True)
+        again = place.resolve(NAME, download_dir=str(place.path / "small"), revision="v1")
+        assert again.folder == first.folder
+        assert "refs/v1 could not be written (Read-only file system): without a network" in again.output
+        repository.commit({**repository_files(), "config.json": b'{"model_type": "llama", "is": "new"}'})
+        sentence = place.refused(NAME, download_dir=str(place.path / "small"))
+        assert "cannot be written or read (Read-only file system)" in sentence
+
+
 def test_a_limit_of_a_file_s_length(place: Place) -> None:
     sentence = place.refused(NAME, environ={"RESOLVE_MAX_FILE_BYTES": str(HALF)})
     assert sentence.startswith(f"the disk or a limit (ulimit -f) of {place.path}/hf/hub does not let a file grow as large")
