@@ -6,7 +6,6 @@ The script is plain shell: nothing of Python runs when Tab is pressed. Names of 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,7 +129,3 @@ def _say_what_completes(action: Any) -> None:
         action.complete = completers[kind]
     if choices := getattr(action, "octavo_choices", ()):
         action.choices = choices
-
-
-if __name__ == "__main__":
-    sys.exit(run_completion(sys.argv[1:]))

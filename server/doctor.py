@@ -8,7 +8,6 @@ standard library alone, so that it can say which package is missing.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -202,7 +201,3 @@ def _summary(problems: int, warnings: int) -> str:
     if not problems and not warnings:
         return "All is well."
     return f"{count(problems, 'problem')}, {count(warnings, 'warning')}. docs/troubleshooting.md says more."
-
-
-if __name__ == "__main__":
-    sys.exit(run_doctor(sys.argv[1:], os.environ))

@@ -326,9 +326,12 @@ def _number(cell: str) -> float:
 
 def ask_engine(part: str, *arguments: str, limit_s: float = PROBE_LIMIT_S) -> dict[str, Any]:
     """What `engine.self_check` says of a part, from a process of its own; {"error": ...} where it does not."""
-    command = [sys.executable, "-m", "engine.self_check", part, *arguments]
+    # -P: a folder named engine where the user happens to be is not ours.
+    command = [sys.executable, "-P", "-m", "engine.self_check", part, *arguments]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = {**os.environ, "PYTHONPATH": path}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {limit_s:.0f} s"}
     except OSError as error:

@@ -185,7 +185,6 @@ def test_the_words_of_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_broken_torch_is_an_error_and_no_end(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text(content)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor_facts, "ROOT", tmp_path)
     answer = ask_engine("torch")
     assert "broken wheel" in answer["error"] or "ended with code" in answer["error"]
 
@@ -268,12 +267,16 @@ def test_nothing_but_the_standard_library_is_needed_to_say_what_is_missing() -> 
 
 
 def test_the_real_command(tmp_path: Path) -> None:
-    """A model that is not whole, on this machine as it is."""
+    """A model that is not whole, on this machine as it is, named by a path from where the user is."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "self_check.py").write_text("raise SystemExit(3)")
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-m", "server.doctor", str(tmp_path), "--device", "cpu", "--port", "0", "--json"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, str(ROOT / "server" / "cli.py"), "doctor", "./model", "--device", "cpu", "--port", "0", "--json"]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("OCTAVO_")}
-    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    environ["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=250, check=False)
     assert done.stderr == ""
     report = json.loads(done.stdout)
     subjects = {each["subject"] for each in report["findings"]}
