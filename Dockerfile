@@ -32,12 +32,12 @@ RUN if ! python3 -c 'import ensurepip'; then \
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY pyproject.toml scripts/constraints.txt ./
+COPY configs/image/requirements configs/image/requirements
 ARG VARIANT
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # torch first and by itself: it changes least and weighs most. --no-deps, because an index of torch alone has nothing else.
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
-    python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        >requirements.txt \
+    python3 configs/image/requirements pyproject.toml >requirements.txt \
     && torch=$(sed -n 's/^torch==//p' requirements.txt) \
     && if [ "$VARIANT" = gpu ]; then /opt/octavo/bin/pip install --constraint constraints.txt "torch==$torch"; \
        elif [ -n "$TORCH_INDEX" ]; then /opt/octavo/bin/pip install --no-deps --index-url "$TORCH_INDEX" "torch==$torch+cpu"; \

@@ -114,7 +114,7 @@ def test_a_server_in_a_container(config: Resolver, files: Sequence[str]) -> None
 def test_a_replica_takes_new_work_until_the_proxy_has_heard_of_its_end(config: Resolver) -> None:
     for server in servers_of(config(REPLICAS, {})).values():
         assert int(server["environment"]["OCTAVO_DRAIN_DELAY_S"]) == 5
-    assert "check inter 1s fall 2" in (ROOT / "configs" / "haproxy.cfg").read_text()
+    assert "check inter 1s fastinter 250ms fall 2" in (ROOT / "configs" / "haproxy.cfg").read_text()
 
 
 @VARIANTS
