@@ -61,6 +61,16 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert [page.name for page in DOCS if page not in linked] == []
 
 
+def test_the_map_names_files_that_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^\| in `(\w+)/` \| what \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert [folder for folder, _ in tables] == ["engine", "server", "scripts"]
+    for folder, rows in tables:
+        for name in re.findall(r"`([\w/.*]+)`", " ".join(row.split("|")[1] for row in rows.splitlines())):
+            patterns = (name, f"{name}.py", f"**/{name}.py")
+            assert any(any((ROOT / folder).glob(pattern.rstrip("/"))) for pattern in patterns), f"there is no {folder}/{name}"
+
+
 def test_the_table_of_settings_is_that_of_the_program() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.MULTILINE))
