@@ -405,22 +405,16 @@ def draw_policies(results: Results, figure: Figure) -> None:
 def draw_sharing(results: Results, figure: Figure) -> None:
     axes = figure.subplots()
     records = results["sharing"][::-1]
-    places = np.arange(len(records))
-    for offset, side, label, colour in ((0.2, "apart", "each for itself", ORANGE), (-0.2, "shared", "shared", BLUE)):
-        values = [record[side]["pages"] for record in records]
-        bars = axes.barh(places + offset, values, height=0.38, color=colour, label=label)
-        texts = [
-            f"{record[side]['pages']:,}" + (f"   {percent(saved(record, 'pages'))} saved" if side == "shared" else "")
-            for record in records
-        ]
-        axes.bar_label(bars, texts, padding=4, fontsize=8.5)
-    axes.set_yticks(places, [record["case"] for record in records])
-    axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter(lambda value, position: f"{value:,.0f}")
-    axes.set_xlabel("most pages of 16 tokens held at once")
-    axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+    names = [record["case"] for record in records]
+    axes.barh(names, [100] * len(records), height=0.62, color="#E6E8EB", label="each for itself")
+    kept = [100 * (1 - saved(record, "pages")) for record in records]
+    bars = axes.barh(names, kept, height=0.62, color=BLUE, label="shared")
+    texts = [f"{record['shared']['pages']:,} instead of {record['apart']['pages']:,} pages" for record in records]
+    axes.bar_label(bars, texts, padding=5, fontsize=9)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("pages held at once, % of what they hold without sharing")
+    axes.grid(visible=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=2)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
