@@ -20,7 +20,7 @@ from starlette.responses import FileResponse
 from starlette.types import ASGIApp
 
 from engine.client import EngineClient
-from engine.errors import OctavoError
+from engine.errors import ConfigError, OctavoError
 from server import errors, openapi
 from server.access import Access
 from server.admission import Admission
@@ -97,6 +97,7 @@ def create_app(
 
 def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics, tracer: Tracer | None) -> None:
     """The layers that look first, and so are added last: strangers are not counted, and preflights bring no keys."""
+    app.add_middleware(errors.AnswerBugs)
     app.add_middleware(
         Access,
         keys=keys,
@@ -198,8 +199,12 @@ def _start_tracing(config: ServerConfig) -> Tracing | None:
     from server.tracing import Tracing
 
     url = traces_url(config.otlp_endpoint)
+    try:
+        tracing = Tracing(url, health.VERSION)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"OpenTelemetry refuses one of its OTEL_ variables: {error}", param="otlp_endpoint") from None
     logger.info("traces are sent to %s", url)
-    return Tracing(url, health.VERSION)
+    return tracing
 
 
 def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:

@@ -10,6 +10,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import (
     DeadlineExceeded,
@@ -140,6 +141,36 @@ async def on_disconnect(_request: Request, _error: Exception) -> Response:
 
 
 async def on_bug(_request: Request, _error: Exception) -> Response:
-    """Anything unforeseen; the traceback goes to the log by way of the server."""
+    """Anything unforeseen outside of the application; the traceback goes to the log by way of the server."""
+    return _bug_response()
+
+
+def _bug_response() -> Response:
     body = error_body("The server met an internal error.", "server_error", code="internal_error")
     return Response(body, 500, media_type="application/json")
+
+
+class AnswerBugs:
+    """Plain ASGI that answers what nobody foresaw. Starlette's own answer would come from outside of all layers: without the
+    request's id, and counted by none. What breaks in the middle of a response is left to the server, which cuts the connection.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_and_see(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_see)
+        except Exception as error:
+            if has_begun or scope["type"] != "http":
+                raise
+            note_error(error)
+            logger.error("a request ended by an internal error", exc_info=error)
+            await _bug_response()(scope, receive, send)

@@ -224,7 +224,7 @@ class _Complaints(logging.Handler):
         self._next_s = now + COMPLAINT_INTERVAL_S
         left_out = f" ({self._num_left_out} such lines since the last one)" if self._num_left_out else ""
         self._num_left_out = 0
-        logger.warning("traces are not sent: %s%s", record.getMessage(), left_out)
+        logger.warning("OpenTelemetry: %s%s", record.getMessage(), left_out)
 
 
 def _complain_seldom() -> None:

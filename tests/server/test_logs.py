@@ -97,12 +97,14 @@ def test_a_bug_over_http_is_logged_by_its_place(log: Callable[[], str]) -> None:
         async with served(client, api_key=["k"]) as (_, port):
             answer = await ask(port, head.replace("Host: x", "Host: x\r\nAuthorization: Bearer k").encode() + body)
             assert answer.status == 500 and SECRET.encode() not in answer.body
+            assert answer.error["code"] == "internal_error" and answer.headers["x-request-id"]
 
     logs.set_up_logging("debug")
     asyncio.run(scenario())
     text = log()
     assert "builtins.ValueError" in text and "fake_client.py" in text and SECRET not in text
-    assert "POST /v1/completions 500, key key1" in text
+    assert "POST /v1/completions 500, key key1" in text and text.count("builtins.ValueError") == 1
+    assert len(set(re.findall(r"(?:internal error|internal_error) \[(\w+)\]$", text, re.MULTILINE))) == 1
 
 
 def test_causes_are_named_without_their_messages(log: Callable[[], str]) -> None:

@@ -268,6 +268,13 @@ def test_the_standard_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (headers["authorization"], headers["tenant"], headers["content-encoding"]) == ("Bearer x", "me", "gzip")
 
 
+@pytest.mark.parametrize(("name", "value"), [("BSP_MAX_QUEUE_SIZE", "-1"), ("BSP_MAX_EXPORT_BATCH_SIZE", "9999")])
+def test_a_wrong_standard_variable_is_a_sentence(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"OTEL_{name}", value)
+    with pytest.raises(ConfigError, match="OpenTelemetry refuses one of its OTEL_ variables: max"):
+        one_request("/v1/completions", {"prompt": "a"})
+
+
 @pytest.mark.parametrize(("sampler", "num_spans"), [("always_off", 0), ("traceidratio", 0), ("parentbased_always_on", 4)])
 def test_sampling(sampler: str, num_spans: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
@@ -291,7 +298,7 @@ def test_a_collector_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level("INFO"):
         assert asyncio.run(scenario()) < CLOSE_TIMEOUT_S + 30
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(lines) == 1 and lines[0].startswith("traces are not sent: ")
+    assert len(lines) == 1 and lines[0].startswith("OpenTelemetry: Transient error")
 
 
 def test_a_collector_that_says_nothing() -> None:
