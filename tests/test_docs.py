@@ -90,9 +90,28 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     if page.name not in ("configuration.md", "tuning.md", "troubleshooting.md"):
         return
     others = {"--config", "--memory", "--help", "--gpus", "--pid", "--cpunodebind", "--membind", "--no-strict", "--model"}
-    others |= {"--concurrency", "--num-requests", "--input-len", "--output-len", "--no-cpu-kernels", "--no-cuda-graphs"}
+    others |= {
+        "--json",
+        "--concurrency",
+        "--num-requests",
+        "--input-len",
+        "--output-len",
+        "--no-cpu-kernels",
+        "--no-cuda-graphs",
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
     assert {name for name in named - others if name[2:].replace("-", "_") not in FIELDS} == set()
+
+
+def test_metrics_that_show_a_symptom_exist() -> None:
+    known = set(re.findall(r"^\| `(\w+)", (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.MULTILINE))
+    known |= {"process_cpu_seconds_total"}
+    known |= {f"{name}_total" for name in known}
+    text = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\*\*Shown by\*\*(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    assert len(shown) == text.count("**Shown by**") > 8
+    named = {name for part in shown for name in re.findall(r"`([a-z]+_[a-z_]+)(?:\{.*?\})?`", part)}
+    assert len(named) > 12 and named <= known, named - known
 
 
 def quotes() -> list[list[str]]:
