@@ -33,6 +33,7 @@ class LoadLog:
         self._clock = clock
         self._is_shown = False
         self._phase = ""
+        self._was_whole = False
         self._logged_s = -math.inf
 
     @classmethod
@@ -50,14 +51,16 @@ class LoadLog:
         detail = f": {progress.detail}" if progress.detail else ""
         if fraction is None:
             logger.info("%s%s", progress.phase, detail)
-            self._phase = ""
+            self._phase, self._was_whole = "", False
             return
         if self._in_place and fraction < 1:
             self._show(progress, fraction)
             return
         now = self._clock()
-        if fraction >= 1 or self._phase != progress.phase or now - self._logged_s >= LOG_INTERVAL_S:
-            self._phase, self._logged_s = progress.phase, now
+        is_first = self._phase != progress.phase
+        is_end = fraction >= 1 and not self._was_whole  # the disk may take a while yet, and nothing more is to be told
+        if is_first or is_end or (fraction < 1 and now - self._logged_s >= LOG_INTERVAL_S):
+            self._phase, self._logged_s, self._was_whole = progress.phase, now, fraction >= 1
             logger.info("%s%s (%d%%)", progress.phase, detail, 100 * fraction)
 
     def clear(self) -> None:

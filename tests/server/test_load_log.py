@@ -27,6 +27,7 @@ def test_a_log_has_a_line_every_few_seconds(caplog: pytest.LogCaptureFixture) ->
     for second in range(101):
         clock.now_s = second
         log(LoadProgress("fetch", f"a/b: {second} of 100 MB", second / 100))
+    log(LoadProgress("fetch", "a/b: 100 of 100 MB", 1.0))
     log(LoadProgress("load", "a/b", None))
     log(LoadProgress("warm up", "", None))
     fetched = [f"fetch: a/b: {second} of 100 MB ({second}%)" for second in range(0, 101, int(LOG_INTERVAL_S))]
