@@ -122,13 +122,16 @@ class ServerConfig(BaseModel):
     port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
     strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
     max_open_requests: Count = _setting(4096, "limits", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
-    max_waiting_requests: Count | None = _setting(
+    max_wait_s: Number | None = _setting(
         None,
         "limits",
-        "more that wait for a place in the engine get a 429; 0 is no limit",
-        shown="on a CPU as many as run at once, 1024 on a GPU",
+        "who would wait longer for a place in the engine gets a 429, unless it came with a burst; 0 is no limit",
+        shown="an eighth of what an answer takes here, and at least 1",
         ge=0,
-        le=2**31 - 1,
+        le=86400,
+    )
+    max_waiting_requests: Count = _setting(
+        1024, "limits", "more that wait for a place in the engine get a 429; 0 is no limit", ge=0, le=2**31 - 1
     )
     max_waiting_tokens: Count | None = _setting(
         None,

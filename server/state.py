@@ -29,6 +29,7 @@ class ServerState:
     def __post_init__(self) -> None:
         backlog = Backlog(
             lambda: self.client.stats,
+            max_wait_s=self.config.max_wait_s,
             max_waiting_requests=self.config.max_waiting_requests,
             max_waiting_tokens=self.config.max_waiting_tokens,
             observe_shed=self.metrics.observe_shed,

@@ -95,7 +95,6 @@ class Generation:
         self._streams: list[RequestStream] = []
         self._num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._record.prompt_tokens = self._num_prompt_tokens
-        self._num_output_tokens = 0
         self._num_cached_tokens = 0
         self._num_reasoning_tokens: int | None = None
         self._num_preemptions = 0
@@ -235,6 +234,10 @@ class Generation:
             seed=self._seeds[0] if len(self._seeds) == 1 else self._seeds,
         )
 
+    @property
+    def _num_output_tokens(self) -> int:
+        return sum(ticket.num_output_tokens for ticket in self._tickets)
+
     def close(self) -> None:
         """Aborts what has not finished, and accounts for the request. May be called again."""
         if self._closed:
@@ -289,21 +292,21 @@ class Generation:
             ticket.close()
 
     def _observe(self, prompt_index: int, deltas: list[ChoiceDelta]) -> None:
-        now = time.monotonic()
+        now, ticket = time.monotonic(), self._tickets[prompt_index]
         for delta in deltas:
             key = (prompt_index, delta.choice_index)
             choice = self._choices.get(key)
             previous_s = None if choice is None else choice.last_s
             if choice is None:
                 choice = self._choices[key] = _Choice(now, delta.prefill_s)
-                self._tickets[prompt_index].start()
+                ticket.start()
                 if delta.choice_index == 0:
                     self._begin(prompt_index, delta, now)
             if delta.token_ids:
                 num_tokens = len(delta.token_ids)
                 choice.num_tokens += num_tokens
                 choice.last_s = now
-                self._num_output_tokens += num_tokens
+                ticket.num_output_tokens += num_tokens
                 if self._ttft_s is None:
                     self._ttft_s = now - self._arrival
                     self._metrics.observe_first_token(self._ttft_s)
@@ -312,6 +315,7 @@ class Generation:
             if delta.finish_reason is not None:
                 self._finish_reasons.append(delta.finish_reason)
                 self._num_preemptions += delta.num_preemptions
+                ticket.end_choice()
                 decode_s = choice.last_s - choice.first_s
                 self._metrics.observe_choice(delta.finish_reason, choice.prefill_s, decode_s, choice.num_tokens)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -25,18 +24,19 @@ SLOTS = 8  # of the fake engine, with pages for 160 tokens
 class Bench:
     """A backlog, an engine whose counters a test turns, and time that passes when it says so."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, **limits: int | None) -> None:
+    def __init__(self, *, requests: int = 2, tokens: int | None = None) -> None:
         self.now, self.generated = 1000.0, 0
         self.shed: list[str] = []
-        monkeypatch.setattr("server.backlog.time", SimpleNamespace(monotonic=lambda: self.now))
         ready = FakeEngineClient().ready
         assert ready is not None
         self.ready = msgspec.structs.replace(ready, max_num_seqs=2, kv_cache_tokens=1_000_000)
         self.backlog = Backlog(
             lambda: EngineStats(generation_tokens=self.generated),
-            max_waiting_requests=limits.get("requests"),
-            max_waiting_tokens=limits.get("tokens"),
+            max_wait_s=0,
+            max_waiting_requests=requests,
+            max_waiting_tokens=tokens,
             observe_shed=self.shed.append,
+            clock=lambda: self.now,
         )
 
     def enter(self, num_tokens: int = 100, num_choices: int = 1) -> Ticket:
@@ -52,11 +52,11 @@ class Bench:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(monkeypatch)
+def bench() -> Bench:
+    return Bench()
 
 
-def test_as_many_wait_as_run(bench: Bench) -> None:
+def test_no_more_wait_than_may(bench: Bench) -> None:
     tickets = [bench.enter() for _ in range(4)]
     with pytest.raises(Overloaded, match="2 requests are waiting, and with 1 more it would be more than 2"):
         bench.enter()
@@ -72,8 +72,8 @@ def test_as_many_wait_as_run(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("limit", "allowed"), [(1, 3), (5, 7), (0, 50)])
-def test_a_bound_of_its_own(monkeypatch: pytest.MonkeyPatch, limit: int, allowed: int) -> None:
-    bench = Bench(monkeypatch, requests=limit)
+def test_a_bound_of_its_own(limit: int, allowed: int) -> None:
+    bench = Bench(requests=limit)
     num_entered = 0
     for _ in range(50):
         try:
@@ -91,8 +91,8 @@ def test_choices_count(bench: Bench) -> None:
         bench.enter()
 
 
-def test_who_finds_nobody_waiting_is_let_in_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(monkeypatch, tokens=50)
+def test_who_finds_nobody_waiting_is_let_in_whatever_its_size() -> None:
+    bench = Bench(tokens=50)
     large = bench.backlog.enter([Work(1, 100)] * 40, bench.ready)
     with pytest.raises(Overloaded):
         bench.enter()
@@ -110,8 +110,8 @@ def test_all_or_none(bench: Bench) -> None:
     bench.enter()  # nothing of the refused two was kept
 
 
-def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(monkeypatch, requests=0, tokens=1000)
+def test_tokens() -> None:
+    bench = Bench(requests=0, tokens=1000)
     for _ in range(2):
         bench.enter(5000).start()  # they run: nothing of them waits
     bench.enter(900)
@@ -121,8 +121,8 @@ def test_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     bench.enter(100)
 
 
-def test_pages_are_the_limit_where_there_are_more_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(monkeypatch, requests=0, tokens=1000)
+def test_pages_are_the_limit_where_there_are_more_slots() -> None:
+    bench = Bench(requests=0, tokens=1000)
     bench.ready = msgspec.structs.replace(bench.ready, max_num_seqs=100, kv_cache_tokens=4000)
     for _ in range(4):
         bench.enter(1000)
@@ -133,8 +133,8 @@ def test_pages_are_the_limit_where_there_are_more_slots(monkeypatch: pytest.Monk
         bench.enter(1)
 
 
-def test_retry_after_is_the_work_ahead_at_the_present_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(monkeypatch, tokens=0)
+def test_retry_after_is_the_work_ahead_at_the_present_pace() -> None:
+    bench = Bench(tokens=0)
     tickets = [bench.enter(1000) for _ in range(4)]
     assert bench.backlog.wait_s() == 0.0  # nothing is known yet
     with pytest.raises(Overloaded) as refused:
@@ -172,8 +172,8 @@ def test_another_engine_counts_from_zero(bench: Bench) -> None:
     assert bench.backlog.wait_s() == pytest.approx(bench.backlog.tokens_ahead() / 500, rel=0.15)
 
 
-def test_by_default_a_minute_of_work_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(monkeypatch, requests=0)
+def test_by_default_a_minute_of_work_may_wait() -> None:
+    bench = Bench(requests=0)
     for _ in range(2):
         bench.enter(1000).start()
     bench.enter(1000)
@@ -185,10 +185,10 @@ def test_by_default_a_minute_of_work_may_wait(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_expected(bench: Bench) -> None:
     expect = bench.backlog.expect
-    assert expect(10, SamplingParams(max_tokens=7)) == Work(1, 17)
-    assert expect(10, SamplingParams(max_tokens=100_000)) == Work(1, 10 + 256)
-    assert expect(10, SamplingParams(max_tokens=100_000, min_tokens=500)) == Work(1, 510)
-    assert expect(10, SamplingParams(max_tokens=1000, ignore_eos=True, n=3)) == Work(3, 3010)
+    assert expect(10, SamplingParams(max_tokens=7)) == Work(1, 17, 7)
+    assert expect(10, SamplingParams(max_tokens=100_000)) == Work(1, 10 + 256, 256)
+    assert expect(10, SamplingParams(max_tokens=100_000, min_tokens=500)) == Work(1, 510, 500)
+    assert expect(10, SamplingParams(max_tokens=1000, ignore_eos=True, n=3)) == Work(3, 3010, 3000)
     for _ in range(500):
         bench.backlog.learn(SamplingParams(max_tokens=100_000), 40)
         bench.backlog.learn(SamplingParams(max_tokens=9000, ignore_eos=True), 9000)
