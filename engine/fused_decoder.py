@@ -141,8 +141,12 @@ class FusedLayer:
 
     def finish(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
         """From attention's output [T, H * D] to what is yet to be added to the residual; None where it has been added."""
-        x = _leave(self.output, attended, residual, self.post_attention_norm)
+        x = self.leave_attention(attended, residual)
         return self.mlp(x, residual, self.mlp_norm, self.post_attention_norm, self.post_mlp_norm)
+
+    def leave_attention(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+        """The first half of `finish`: the output projection."""
+        return _leave(self.output, attended, residual, self.post_attention_norm)
 
 
 def _enter(
@@ -176,17 +180,18 @@ class DenseMlp:
         self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, post: Norm | None, post_mlp: Norm | None
     ) -> torch.Tensor | None:
         """See FusedLayer.finish: residual += post(x) first, then the MLP of its norm."""
+        return _leave(self.down, self.expand(x, residual, norm, post), residual, post_mlp)
+
+    def expand(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, post: Norm | None) -> torch.Tensor:
+        """All but the down projection: [T, intermediate size]."""
         num_rows = residual.shape[0]
         gated = self.gate_up.fuses(num_rows, gated=True) and self.activation in _FUSED_ACTIVATIONS
         if gated and x is None and self.gate_up.fuses(num_rows, norm=True, gated=True):
-            hidden = self.gate_up(residual, norm=norm, activation=self.activation)
-        else:
-            normed = norm.apply(residual) if x is None else norm.add_and_apply(x, residual, post)
-            if gated:
-                hidden = self.gate_up(normed, activation=self.activation)
-            else:
-                hidden = ACTIVATIONS[self.activation](self.gate_up(normed))
-        return _leave(self.down, hidden, residual, post_mlp)
+            return self.gate_up(residual, norm=norm, activation=self.activation)  # type: ignore[no-any-return]
+        normed = norm.apply(residual) if x is None else norm.add_and_apply(x, residual, post)
+        if gated:
+            return self.gate_up(normed, activation=self.activation)  # type: ignore[no-any-return]
+        return ACTIVATIONS[self.activation](self.gate_up(normed))
 
 
 class SparseMlp:

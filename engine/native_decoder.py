@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -87,6 +88,7 @@ class NativeDecoder:
 
     def __init__(self, embed: nn.Module, layers: Sequence[NativeLayer], norm: Norm | None, kernels: CpuKernels) -> None:
         """norm: None leaves the residual as the last layer left it."""
+        self.part_seconds: npt.NDArray[np.float64] | None = None  # set by a profile; see CpuKernels.decode
         self._embed = embed
         self._kernels = kernels
         self._held = tuple(layers)
@@ -104,4 +106,5 @@ class NativeDecoder:
 
     def run(self, residual_TE: torch.Tensor, rows: StepRows) -> torch.Tensor:
         """The same from a residual in float32, which is overwritten."""
-        return self._kernels.decode(self._layers, self._kinds, self._norm, rows, residual_TE.contiguous())
+        residual_TE = residual_TE.contiguous()
+        return self._kernels.decode(self._layers, self._kinds, self._norm, rows, residual_TE, seconds=self.part_seconds)

@@ -91,6 +91,9 @@ class LayerStruct(ctypes.Structure):
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
+DECODER_PARTS = ("input_norm", "qkv", "rotary", "attention", "output", "mlp_norm", "gate_up", "down", "final_norm")
+"""`Part` of `cpu/decoder.h`, and the norm behind the last layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
@@ -156,7 +159,7 @@ class CpuKernels:
             "octavo_pack": (None, [pointer, integer, pointer, integer, integer, integer, integer, pointer, pointer]),
             "octavo_linear": (None, [pointer, pointer, pointer, integer, pointer]),
             "octavo_attention": (None, [pointer] * 7),
-            "octavo_decode": (None, [pointer, pointer, integer, pointer, integer, pointer, pointer, pointer, pointer]),
+            "octavo_decode": (None, [pointer, pointer, integer, pointer, integer, *[pointer] * 5]),
         }
         for name, (result, arguments) in signatures.items():
             function = getattr(library, name)
@@ -227,11 +230,15 @@ class CpuKernels:
         norm: NormStruct | None,
         rows: StepRows,
         residual_TE: torch.Tensor,
+        *,
+        seconds: npt.NDArray[np.float64] | None = None,
     ) -> torch.Tensor:
         """Run all layers over the residual, in place; returns its final norm, float32 [T, E]. kinds: [layers], equal for layers
-        that attend alike (heads, window, KV group). norm: None returns the residual itself."""
+        that attend alike (heads, window, KV group). norm: None returns the residual itself. seconds: [len(DECODER_PARTS)], to
+        which the time of each part, in all layers together, is added."""
         assert residual_TE.dtype == torch.float32 and residual_TE.is_contiguous()
         assert len(residual_TE) == rows.struct.num_tokens
+        assert seconds is None or (seconds.dtype == np.float64 and seconds.shape == (len(DECODER_PARTS),))
         hidden = torch.empty_like(residual_TE) if norm is not None else residual_TE
         self._library.octavo_decode(
             self._context,
@@ -243,6 +250,7 @@ class CpuKernels:
             ctypes.addressof(rows.struct),
             residual_TE.data_ptr(),
             hidden.data_ptr(),
+            None if seconds is None else seconds.ctypes.data,
         )
         return hidden
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from engine.build import build_engine
 from engine.config import CacheConfig, EngineConfig, ModelConfig
 from engine.fusion import fuse_native, pack_linears
 from engine.kernels.cpu_library import cpu_kernels, unavailable_reason
-from engine.kernels.cpu_ops import Format
+from engine.kernels.cpu_ops import DECODER_PARTS, Format
 from engine.messages import AddRequest
 from engine.model_loader import LoadedModel, load_model
 from engine.sampling_params import SamplingParams
@@ -141,3 +142,22 @@ def test_an_engine_without_the_kernels_says_the_same(tmp_path: Path):
     assert greedy_tokens(tmp_path) == expected
     assert greedy_tokens(tmp_path, attention_backend="sdpa") == expected
     assert greedy_tokens(tmp_path, quantization="int8", cpu_kernels=False) == greedy_tokens(tmp_path, quantization="int8")
+
+
+@torch.inference_mode()
+def test_the_parts_of_a_step_are_timed_where_somebody_asks(tmp_path: Path):
+    loaded = load("llama", tmp_path)
+    groups = group_layers(loaded.layers, 16, 4)
+    backend = NativeBackend(loaded.layers, groups, 16, torch.float32, CPU)
+    backend.allocate([4])
+    native = fuse_native(loaded.model, loaded.layers, 128, cpu_kernels(), backend, "float32")
+    assert native is not None
+    attention = StepAttention.of(backend, RaggedBatch([24], [0], ([[1, 2]],)))
+    ids = torch.arange(3, 27)
+    plain = native(ids, attention)
+    native.part_seconds = np.zeros(len(DECODER_PARTS))
+    torch.testing.assert_close(native(ids, attention), plain, rtol=0, atol=0)
+    once = native.part_seconds.copy()
+    assert (once >= 0).all() and once.sum() > 0
+    native(ids, attention)
+    assert native.part_seconds.sum() > once.sum(), "they are added up"

@@ -1,6 +1,8 @@
 // A whole decoder for one step: every layer's norms, linears, rotary embedding and attention, as phases of one team.
 #pragma once
 
+#include <chrono>
+
 #include "attention.h"
 
 namespace octavo {
@@ -135,24 +137,48 @@ inline void rotate_and_write(Team& team, const Layer& layer, const Rows& rows, f
   });
 }
 
-inline void run_layer(Team& team, const Layer& layer, const Rows& rows, AttentionPlan& plan, float* residual, Scratch& scratch) {
+// The parts of a layer, in their order. A norm also prepares the input of the product behind it; the activation is in GATE_UP.
+enum Part { INPUT_NORM, QKV, ROTARY, ATTENTION, OUTPUT, MLP_NORM, GATE_UP, DOWN, PARTS };
+
+// Adds to each part the time since the part before it ended; one member of the team has it, and only where somebody asked.
+struct Stopwatch {
+  using Clock = std::chrono::steady_clock;
+  double* seconds;  // [PARTS + 1], the last for what follows the layers; null where nobody asked
+  Clock::time_point last = Clock::now();
+  void ended(int64_t part) {
+    if (!seconds) return;
+    const auto now = Clock::now();
+    seconds[part] += std::chrono::duration<double>(now - last).count();
+    last = now;
+  }
+};
+
+inline void run_layer(Team& team, const Layer& layer, const Rows& rows, AttentionPlan& plan, float* residual, Scratch& scratch, Stopwatch& watch) {
   const int64_t m = rows.num_tokens, qkv_size = layer.qkv.n;
   void* memory = scratch.inputs.data();
   Inputs in = normed_inputs(team, layer.input_norm, layer.qkv, residual, m, memory);
+  watch.ended(INPUT_NORM);
   multiply_into(team, layer.qkv, in, m, scratch.qkv.data(), qkv_size, false);
+  watch.ended(QKV);
   rotate_and_write(team, layer, rows, scratch.qkv.data());
+  watch.ended(ROTARY);
   attend(team, *layer.attention, rows, plan, scratch.qkv.data(), qkv_size, scratch.attended.data(), layer.output.k);
+  watch.ended(ATTENTION);
   in = inputs_of(team, layer.output, scratch.attended.data(), m, memory);
   add_product(team, layer.output, in, m, layer.post_attention_norm, residual, scratch.added.data());
+  watch.ended(OUTPUT);
 
   in = normed_inputs(team, layer.mlp_norm, layer.gate_up, residual, m, memory);
+  watch.ended(MLP_NORM);
   float* gated = scratch.gated.data();
   const int64_t width = layer.down.k;
   product(team, layer.gate_up, in, m, [&](int64_t row, int64_t panel, Vec gate, Vec value) {
     store_part(gated + row * width + panel * LANES, width - panel * LANES, mul(activate(layer.activation, gate), value));
   });
+  watch.ended(GATE_UP);
   in = inputs_of(team, layer.down, gated, m, memory);
   add_product(team, layer.down, in, m, layer.post_mlp_norm, residual, scratch.added.data());
+  watch.ended(DOWN);
 }
 
 }  // namespace octavo

@@ -86,9 +86,10 @@ void octavo_attention(void* context, const AttentionLayer* layer, const Rows* ro
 }
 
 // All layers over residual [T, hidden], in place; then the final norm of it into hidden [T, hidden]. kinds[i]: which of the
-// `num_kinds` tile plans layer i uses, made from the first layer of each kind.
+// `num_kinds` tile plans layer i uses, made from the first layer of each kind. seconds: null, or [PARTS + 1], to which the time
+// of each part of all layers, and of the final norm, is added.
 void octavo_decode(void* context, const Layer* layers, int64_t num_layers, const int64_t* kinds, int64_t num_kinds, const Norm* norm,
-                   const Rows* rows, float* residual, float* hidden) {
+                   const Rows* rows, float* residual, float* hidden, double* seconds) {
   auto* self = static_cast<Context*>(context);
   std::vector<std::unique_ptr<AttentionPlan>> plans{size_t(num_kinds)};
   for (int64_t i = 0; i < num_layers; i++) {
@@ -96,9 +97,12 @@ void octavo_decode(void* context, const Layer* layers, int64_t num_layers, const
     self->scratch.make_room(layers[i], rows->num_tokens);
   }
   const int64_t size = layers[0].qkv.k;
-  self->team.run([&](int) {
-    for (int64_t i = 0; i < num_layers; i++) run_layer(self->team, layers[i], *rows, *plans[size_t(kinds[i])], residual, self->scratch);
+  self->team.run([&](int member) {
+    Stopwatch watch{member == 0 ? seconds : nullptr};
+    for (int64_t i = 0; i < num_layers; i++)
+      run_layer(self->team, layers[i], *rows, *plans[size_t(kinds[i])], residual, self->scratch, watch);
     if (norm) share_rows(self->team, rows->num_tokens, [&](int64_t t) { norm_row(*norm, residual + t * size, size, hidden + t * size); });
+    watch.ended(PARTS);
   });
 }
 
