@@ -247,7 +247,10 @@ def summary(results: Results) -> str:
 def draw(results: Results, figure: Figure) -> None:
     speed, memory = figure.subplots(1, 2)
     lengths = [point["length"] for point in results["points"]]
-    for side, label, colour, marker in (("with", "with KV cache", BLUE, "o"), ("without", "without", ORANGE, "s")):
+    for side, label, colour, marker in (
+        ("with", "with KV cache", BLUE, "o"),
+        ("without", "without, and how many times slower", ORANGE, "s"),
+    ):
         speed.plot(
             lengths,
             [1 / point[side]["seconds_per_token"] for point in results["points"]],
@@ -258,7 +261,7 @@ def draw(results: Results, figure: Figure) -> None:
     for point in results["points"]:
         slow = 1 / point["without"]["seconds_per_token"]
         speed.annotate(
-            f"÷ {ratio(point):.0f}" if ratio(point) >= 10 else f"÷ {ratio(point):.1f}",
+            f"{ratio(point):.0f}×" if ratio(point) >= 10 else f"{ratio(point):.1f}×",
             (point["length"], slow),
             textcoords="offset points",
             xytext=(0, -14),
@@ -269,7 +272,7 @@ def draw(results: Results, figure: Figure) -> None:
     log_axis(speed, "tokens per second")
     speed.margins(y=0.15)
     speed.set_title(f"One request, {results['model']}")
-    speed.legend(loc="best")
+    speed.legend(loc="lower left")
     rows = results["models"]
     bars = memory.barh(
         [row["model"] for row in rows],
@@ -279,9 +282,18 @@ def draw(results: Results, figure: Figure) -> None:
     )
     memory.bar_label(bars, [size(row["bytes_per_token"]) for row in rows], padding=4, fontsize=8.5)
     memory.set_xlabel("KiB in bfloat16")
-    memory.set_title("KV cache of a token (grey: half of the layers keep a window)")
+    memory.set_title("KV cache of a token")
+    memory.legend(
+        [bars[index] for index in (first_of(rows, windowed=False), first_of(rows, windowed=True))],
+        ["all layers see all tokens", "every other layer keeps a window only"],
+        loc="lower right",
+    )
     memory.grid(axis="y", visible=False)
     memory.margins(x=0.15)
+
+
+def first_of(rows: list[dict[str, Any]], *, windowed: bool) -> int:
+    return next(index for index, row in enumerate(rows) if bool(row["window"]) == windowed)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

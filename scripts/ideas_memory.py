@@ -24,7 +24,7 @@ from engine.host_memory import available_bytes
 
 Result = TypeVar("Result")
 
-LONG_S = 2.0
+LONG_S = 1.0
 """A call that takes longer is not repeated: its time is that under the profiler, which is little then."""
 
 _PROC = Path("/proc/self")

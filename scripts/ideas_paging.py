@@ -70,7 +70,7 @@ class Scale:
 SCALES = {
     "smallest": Scale(8192, 64, 4, (16,), "llama-tiny"),
     "cpu": Scale(16384, 250, 64, (16, 32, 64), "llama-tiny"),
-    "cuda": Scale(65536, 600, 384, (16, 64), "llama-3.2-1b"),
+    "cuda": Scale(65536, 600, 256, (16,), "llama-3.2-1b"),
 }
 
 
