@@ -14,6 +14,7 @@ import pytest
 from engine.errors import InvalidRequest, RequestFailed
 from server import logs
 from server.config import ServerConfig
+from server.request_record import RequestRecord
 from tests.server.conftest import Api
 from tests.server.fake_client import FakeEngineClient
 from tests.server.served import ask, served
@@ -40,6 +41,11 @@ def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     before = root.handlers[:], root.level
     yield lambda: capsys.readouterr().err
     root.handlers[:], root.level = before[0], before[1]
+
+
+def ours(text: str) -> list[dict[str, Any]]:
+    """The lines of a JSON log, without those of the test's HTTP client."""
+    return [line for line in map(json.loads, text.splitlines()) if line["logger"].startswith("octavo")]
 
 
 def send_all(api: Api) -> None:
@@ -84,6 +90,38 @@ def test_prompts_are_logged_where_that_is_asked_for(api: Api, log: Callable[[], 
         f"prompt: '{SECRET} 3'",
     ):
         assert [line for line in lines if re.fullmatch(rf".* INFO +{re.escape(expected)} \[[0-9a-f]{{32}}\]", line)], expected
+
+
+def test_prompts_in_json(api: Api, log: Callable[[], str]) -> None:
+    logs.set_up_logging("info", log_format="json", log_prompts=True)
+    api.config = ServerConfig(model="tiny", log_prompts=True)
+    answer = api.request("POST", "/v1/completions", json={"prompt": f"{SECRET}\n1"}, headers={"X-Request-Id": "mine"})
+    prompt, request = ours(log())
+    assert (prompt["message"], prompt["prompt"], prompt["request_id"]) == ("prompt", f"{SECRET}\n1", "mine")
+    assert (request["message"], request["request_id"]) == ("request", "mine")
+    assert request["response_id"] == answer.json()["id"]
+
+
+def test_the_line_of_an_embedding(api: Api, log: Callable[[], str]) -> None:
+    logs.set_up_logging("info", log_format="json")
+    api.request("POST", "/v1/embeddings", json={"input": ["ab", "c"]})
+    (line,) = ours(log())
+    found = {name: line[name] for name in ("status", "model", "prompt_tokens", "output_tokens", "queue_s", "prefill_s")}
+    expected = {"status": 200, "model": "tiny", "prompt_tokens": 3, "output_tokens": 0, "queue_s": 0.25, "prefill_s": 0.5}
+    assert found == expected and line["finish_reason"] == "stop"
+
+
+def test_probes_are_told_of_at_debug(api: Api, log: Callable[[], str]) -> None:
+    for level, num_lines in (("info", 0), ("debug", 2)):
+        logs.set_up_logging(level)
+        api.get("/health")
+        api.get("/metrics")
+        assert len(re.findall(r" GET /(?:health|metrics) 200, total ", log())) == num_lines
+
+
+def test_choices_that_end_differently_are_told_apart() -> None:
+    record = RequestRecord(finish_reasons=["stop", "length", "stop"])
+    assert record.fields()["finish_reason"] == "length+stop"
 
 
 def test_a_bug_over_http_is_logged_by_its_place(log: Callable[[], str]) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from engine.errors import ConfigError, RequestFailed
 from engine.messages import CrashPoint
-from server import otlp
+from server import logs, otlp
 from server.config import ServerConfig, load_config
 from server.tracing import CLOSE_TIMEOUT_S
 from tests.server.fake_client import FakeEngineClient
@@ -235,6 +235,18 @@ def test_a_clients_trace_goes_on() -> None:
     span = only(receiver := one_request("/v1/completions", {"prompt": "a"}, traceparent=TRACEPARENT))
     assert span.trace_id == TRACE_ID and span.parent_id == PARENT_ID
     assert {child.trace_id for child in receiver.spans} == {TRACE_ID}
+
+
+def test_log_lines_name_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        logs.set_up_logging("info", log_format="json")
+        one_request("/v1/completions", {"prompt": "a"}, traceparent=TRACEPARENT)
+    finally:
+        root.handlers[:], root.level = before[0], before[1]
+    (line,) = [entry for entry in map(json.loads, capsys.readouterr().err.splitlines()) if entry["message"] == "request"]
+    assert line["trace_id"] == TRACE_ID
 
 
 @pytest.mark.parametrize("given", ["", "00-xyz-1-01", f"00-{'0' * 32}-{PARENT_ID}-01", "a\xff"])
