@@ -7,7 +7,9 @@ how long the metrics take to write.
 
 The server, the engine that computes nothing and the clients are those of bench_frontend.py. The two runs of a pair follow one
 another on the same server, now the one first and now the other, and are compared with each other: what slows a machine for
-minutes slows both. Writing is timed in one process, on the function that the server calls, which holds its event loop up.
+minutes slows both. Then the server is scraped without any other load, one scrape after the other, for the processor time of
+one: of a core that is busy all the time, a scrape a second takes as much. Writing is timed in one process, on the function that
+the server calls, which holds its event loop up; in processor time too, so that others on the machine count less.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from bench_frontend import UNLIMITED_RATE, Figures, Load, run_load, served
 from bench_frontend_engine import build_model_folder, make_ready
@@ -40,6 +42,13 @@ PROMETHEUS_ACCEPTS = "application/openmetrics-text;version=1.0.0;q=0.5,text/plai
 FORMATS = {"OpenMetrics": PROMETHEUS_ACCEPTS, "text": "text/plain"}
 STATUSES = (200, 400, 401, 404, 429, 500, 503)
 NUM_RENDERS = 200
+NUM_SCRAPES = 200
+
+
+def scrape(port: int) -> None:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": PROMETHEUS_ACCEPTS})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        response.read()
 
 
 @contextmanager
@@ -47,17 +56,15 @@ def scraping(port: int, times_s: list[float]) -> Iterator[None]:
     """Scrapes every second from a thread; how long each took goes to `times_s`."""
     ended = threading.Event()
 
-    def scrape() -> None:
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": PROMETHEUS_ACCEPTS})
+    def run() -> None:
         while True:
             started_s = time.perf_counter()
-            with urllib.request.urlopen(request, timeout=30) as response:
-                response.read()
+            scrape(port)
             times_s.append(time.perf_counter() - started_s)
             if ended.wait(INTERVAL_S):
                 return
 
-    thread = threading.Thread(target=scrape, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
@@ -66,8 +73,16 @@ def scraping(port: int, times_s: list[float]) -> Iterator[None]:
         thread.join()
 
 
-def measure_pairs(folder: Path, load: Load, num_pairs: int) -> tuple[list[tuple[Figures, Figures]], list[float]]:
-    """(without, with a scrape every second), pair by pair; and the seconds that each scrape took its client."""
+class Measured(NamedTuple):
+    """pairs: runs without scrapes and with one every second. times_s: what each of those scrapes took its client. cpu_s: of one
+    scrape, of the HTTP process."""
+
+    pairs: list[tuple[Figures, Figures]]
+    times_s: list[float]
+    cpu_s: float
+
+
+def measure(folder: Path, load: Load, num_pairs: int) -> Measured:
     context = multiprocessing.get_context("spawn")
     pairs, times_s = [], list[float]()
     with served(folder, load.step_rate, None) as (server, port):
@@ -81,7 +96,11 @@ def measure_pairs(folder: Path, load: Load, num_pairs: int) -> tuple[list[tuple[
                 else:
                     found[False] = run_load(context, load, server, port)
             pairs.append((found[False], found[True]))
-    return pairs, times_s
+        before = server.cpu_times()
+        for _ in range(NUM_SCRAPES):
+            scrape(port)
+        after = server.cpu_times()
+    return Measured(pairs, times_s, (after.user + after.system - before.user - before.system) / NUM_SCRAPES)
 
 
 def make_metrics(folder: Path, num_keys: int) -> Metrics:
@@ -102,9 +121,9 @@ def measure_renders(metrics: Metrics) -> dict[str, dict[str, float]]:
     for name, accept in FORMATS.items():
         times_s = []
         for _ in range(NUM_RENDERS):
-            started_s = time.perf_counter()
+            started_s = time.thread_time()
             body, _ = metrics.render(accept)
-            times_s.append(time.perf_counter() - started_s)
+            times_s.append(time.thread_time() - started_s)
         found[name] = {"ms": 1e3 * median(times_s), "ms_max": 1e3 * max(times_s), "bytes": len(body)}
     return found
 
@@ -143,16 +162,18 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = build_model_folder(Path(name))
         renders = measure_renders(make_metrics(folder, args.keys))
-        pairs, times_s = measure_pairs(folder, load, args.pairs)
+        pairs, times_s, cpu_s = measure(folder, load, args.pairs)
     lost = losses(pairs)
     rate = median(a.tokens / a.seconds for a, _ in pairs)
     print(f"{load.streams} streams × {load.rounds}, {load.input_len} words in, {load.output_len} out: {rate:,.0f} tokens/s")
     print(f"a scrape every second, {len(pairs)} pairs: throughput lost {describe(lost['throughput'])}, ", end="")
     print(f"CPU a token {describe(lost['cpu_per_token'])}; a scrape takes {1e3 * median(times_s):.1f} ms under this load")
+    print(f"a scrape takes {1e3 * cpu_s:.2f} ms of CPU: {100 * cpu_s / INTERVAL_S:.2f}% of a core")
     for name, row in renders.items():
         print(f"writing {name}, {args.keys} keys: {row['ms']:.2f} ms (longest {row['ms_max']:.2f}), {row['bytes']:,} bytes")
     if args.json:
-        record: dict[str, Any] = {"tokens_per_s": rate, "lost_percent": lost, "scrape_s": times_s, "renders": renders}
+        record: dict[str, Any] = {"tokens_per_s": rate, "lost_percent": lost, "scrape_s": times_s, "scrape_cpu_s": cpu_s}
+        record["renders"] = renders
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
 
