@@ -273,8 +273,8 @@ class ServerConfig(BaseModel):
         return read_keys(self.api_key, self.api_key_file)
 
     def log_config(self) -> LogConfig:
-        """How the engine process logs."""
-        return LogConfig(self.log_level, self.log_format)
+        """How the engine process logs. It has nothing to say at debug, but its libraries have much."""
+        return LogConfig("info" if self.log_level == "debug" else self.log_level, self.log_format)
 
     def recovery_config(self) -> RecoveryConfig:
         """What the engine's parent goes by. Raises ConfigError where a value is out of range."""
