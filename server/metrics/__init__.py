@@ -22,7 +22,7 @@ _LENGTH_BOUNDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2
 _CHOICES_BOUNDS = (1, 2, 5, 10, 20, 50, 100)
 
 _FINISH_REASONS = ("stop", "length", "abort", "error")
-_SHED_REASONS = ("open_requests", "waiting_requests", "waiting_tokens")
+_SHED_REASONS = ("open_requests", "waiting_requests", "waiting_tokens", "waiting_time")
 _DEADLINES = ("timeout", "first_token_timeout")
 
 
@@ -114,7 +114,7 @@ class Metrics:
         self._responses.add(key_id, str(status))
 
     def observe_shed(self, reason: str) -> None:
-        """A request got a 429. reason: open_requests, waiting_requests or waiting_tokens."""
+        """A request got a 429. reason: open_requests, waiting_requests, waiting_tokens or waiting_time."""
         self._shed.add(reason)
 
     def observe_deadline(self, kind: str | None) -> None:

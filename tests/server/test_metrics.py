@@ -20,6 +20,7 @@ import prometheus_client.parser
 import pytest
 from prometheus_client.openmetrics.exposition import ALLOWUTF8
 
+import server.backlog
 from engine.client import EngineClient
 from engine.errors import ConfigError, DeadlineExceeded, RequestFailed
 from engine.histogram import HistogramCounts
@@ -95,6 +96,12 @@ def exposed(text: str, prefix: str = "octavo_") -> dict[str, tuple[str, set[str]
     return found
 
 
+def documented_reasons() -> list[str]:
+    """Of requests_shed."""
+    (row,) = re.findall(r"^\| `requests_shed\{reason\}` \|.*", DOCS.read_text(), re.MULTILINE)
+    return re.findall(r"`(\w+)`", row)
+
+
 async def one_of_each(http: httpx.AsyncClient, client: FakeEngineClient) -> None:
     """What gives series to the families that have none before."""
     await http.get("/v1/models")
@@ -105,6 +112,11 @@ def test_the_page_and_the_server_name_the_same() -> None:
     assert exposed(text) == documented()
     named = set(re.findall(r"`(process_\w+)`", DOCS.read_text()))
     assert named == {f"{n}" for n in re.findall(r"^(process_\w+) ", text, re.MULTILINE)}
+
+
+def test_every_refusal_has_its_reason_in_the_page() -> None:
+    source = Path(server.backlog.__file__).read_text()
+    assert sorted(documented_reasons()) == sorted(["open_requests", *re.findall(r'return "(\w+)", f"', source)])
 
 
 def test_the_prefix_is_a_setting() -> None:
@@ -341,7 +353,7 @@ def test_keys_are_told_apart_and_nothing_else() -> None:
                 values.setdefault(label, set()).add(value)
     assert values["api_key_id"] == {"ann", "bob", "prometheus", "invalid"}
     assert values["status"] == {"200", "401", "404"}
-    assert values["reason"] == {"capacity", "deferred", "open_requests", "waiting_requests", "waiting_tokens"}
+    assert values["reason"] == {"capacity", "deferred", *documented_reasons()}
     assert values["model_name"] == {"tiny"} and values["engine"] == {"0"}
     assert "tulip" not in text and "ann-key" not in text
     text = scraped(ask, api_key=KEYS).text
