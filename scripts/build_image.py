@@ -208,6 +208,7 @@ def ask(port: int, path: str, body: Mapping[str, object] | None = None) -> str:
 def report_sizes(tool: ImageTool, tag: str) -> None:
     program = (ROOT / "scripts" / "image_sizes.py").read_text(encoding="utf-8")
     parts: dict[str, int] = json.loads(tool.output(tag, ["python", "-c", program]))
+    parts = {part: size for part, size in parts.items() if size > 10**6}
     say("What the image is made of, in MB (10^6 bytes), not compressed:")
     print(table({**dict(sorted(parts.items(), key=lambda item: -item[1])), "together": sum(parts.values())}))
 
@@ -220,7 +221,7 @@ def report_gpu_downloads() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="octavo-uv-") as folder:
         wheels = list(gpu_wheels(uv, Path(folder)))
-    say("The GPU image has these in place of torch's CPU build; wheels as downloaded, in MB (unpacked, 2.5 times that):")
+    say("The GPU image has these in place of torch's CPU build; wheels as downloaded, in MB (unpacked about 7 GB):")
     print(table({**dict(wheels), "together": sum(size for _, size in wheels)}))
 
 

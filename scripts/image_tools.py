@@ -30,16 +30,15 @@ def say(text: str) -> None:
 
 
 def run(command: Sequence[str], failure: str, *, limit_s: float = RUN_LIMIT_S, quiet: bool = False) -> str:
-    """What the command writes to stdout, which is also shown unless `quiet`. Raises StepFailed."""
+    """Runs it and shows what it writes; with `quiet`, returns that instead, of stdout. Raises StepFailed."""
+    stdout = subprocess.PIPE if quiet else None
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, stdout=stdout, text=True, timeout=limit_s, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StepFailed(f"{failure}: {error}") from error
-    if done.stdout and not quiet:
-        print(done.stdout, end="", flush=True)
     if done.returncode:
         raise StepFailed(f"{failure} ({Path(command[0]).name} ended with {done.returncode})")
-    return done.stdout
+    return done.stdout or ""
 
 
 class ImageTool(Protocol):
