@@ -245,6 +245,9 @@ def measure(args: argparse.Namespace) -> Results:
         torch.inference_mode(),
         tqdm(total=total, desc="flash attention", unit="case", file=sys.stderr, dynamic_ncols=True) as bar,
     ):
+        measure_case(
+            list(KINDS), todo[0][0], 64, True, dtype, args.device, args.seed
+        )  # what is loaded or compiled at first use
         for shape, length, is_causal in todo:
             bar.set_postfix_str(f"{shape}, {length:,} tokens{'' if is_causal else ', not causal'}")
             records += measure_case(list(KINDS), shape, length, is_causal, dtype, args.device, args.seed)

@@ -60,13 +60,14 @@ def saving(records: Sequence[dict[str, Any]], **keys: Any) -> float | None:
 
 
 def tables(results: Results) -> list[Table]:
-    return [
+    made = [
         curve_table(results, True),
         curve_table(results, False),
         shapes_table(results),
         exactness_table(results),
         core_table(results),
     ]
+    return [table for table in made if table.rows]
 
 
 def curve_table(results: Results, is_causal: bool) -> Table:
@@ -180,7 +181,8 @@ def draw(results: Results, figure: Figure) -> None:
     for kind, (label, colour, marker) in KINDS.items():
         for axes, what, unit in ((memory, "peak_bytes", 2**20), (speed, "seconds", 1e-3)):
             at, values = curve(records, kind, what)
-            axes.plot(at, [value / unit for value in values], color=colour, marker=marker, label=label)
+            grows = f"{label}: grows as length$^{{{power(at, values):.2f}}}$"
+            axes.plot(at, [value / unit for value in values], color=colour, marker=marker, label=grows)
     for axes, what, unit in ((memory, "peak_bytes", 2**20), (speed, "seconds", 1e-3)):
         mark_misfits(axes, records, what, unit)
         length_axis(axes, lengths)
@@ -190,6 +192,9 @@ def draw(results: Results, figure: Figure) -> None:
     memory.set_title(f"Memory, causal, {heads} heads of {dim}, {results['dtype']}")
     speed.set_title("Time")
     memory.legend(loc="upper left")
+    speed.legend(loc="upper left")
+    memory.margins(y=0.12)
+    speed.margins(y=0.12)
     for length in lengths[1::2]:
         saved, flash = saving(records, length=length), found(records, kind="engine", length=length)
         if saved is not None and flash is not None:
