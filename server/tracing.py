@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -25,7 +25,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 from starlette.datastructures import Headers
 
-from server.request_record import Phases, RequestRecord
+from server.request_record import Event, Phases, RequestRecord
 
 logger = logging.getLogger("octavo.tracing")
 
@@ -97,12 +97,8 @@ class RequestTrace:
             span.set_attributes(_operation_attributes(record))
             if record.prompt_tokens is not None:
                 span.set_attributes(_usage_attributes(record))
-        for event in record.events:
+        for event in sorted(_events(record), key=lambda event: event.at_s):
             span.add_event(event.name, timestamp=at_ns(event.at_s))
-        if record.ttft_s is not None:
-            span.add_event("first_token", timestamp=at_ns(record.started_s + record.ttft_s))
-        if "abort" in record.finish_reasons:
-            span.add_event("client_disconnected", timestamp=at_ns(record.started_s + record.total_s))
         if record.error is not None and (record.status >= 500 or record.is_broken):
             span.set_status(Status(StatusCode.ERROR, record.error))
         parent = set_span_in_context(span)
@@ -129,6 +125,14 @@ class _Clock:
 
     def __call__(self, at_s: float) -> int:
         return self._started_ns + int(1e9 * (at_s - self._started_s))
+
+
+def _events(record: RequestRecord) -> Iterator[Event]:
+    yield from record.events
+    if record.ttft_s is not None and record.phases:
+        yield Event("first_token", min(phases.first_s for phases in record.phases))
+    if "abort" in record.finish_reasons:
+        yield Event("client_disconnected", record.started_s + record.total_s)
 
 
 def _http_attributes(record: RequestRecord, route: str | None) -> Attributes:

@@ -67,7 +67,7 @@ def test_spans_and_events() -> None:
     source = (ROOT / "server" / "tracing.py").read_text(encoding="utf-8")
     stream = (ROOT / "engine" / "request_stream.py").read_text(encoding="utf-8")
     assert rows(TRACES, "span") == set(re.findall(r'\.child\(parent, "(\w+)"', source))
-    events = set(re.findall(r'add_event\("(\w+)"', source)) | set(re.findall(r'events\.append\(\("(\w+)"', stream))
+    events = set(re.findall(r'\bEvent\("(\w+)"', source)) | set(re.findall(r'events\.append\(\("(\w+)"', stream))
     assert rows(TRACES, "event") == events
 
 
