@@ -205,8 +205,7 @@ def tables(results: Results) -> list[Table]:
                     number(1 / point["with"]["seconds_per_token"]),
                     number(1 / point["without"]["seconds_per_token"]),
                     f"{ratio(point):.1f}",
-                    "1",
-                    f"{point['length'] + (point['without']['output_tokens']) / 2:,.0f}",
+                    *(f"{computed_per_token(point, side):,.0f}" for side in ("with", "without")),
                 ]
                 for point in results["points"]
             ],
@@ -227,6 +226,12 @@ def tables(results: Results) -> list[Table]:
             ],
         ),
     ]
+
+
+def computed_per_token(point: dict[str, Any], side: str) -> float:
+    """Tokens that were computed for one, on average, after the first."""
+    after_first = int(point[side]["computed_tokens"]) - int(point["length"])
+    return after_first / (int(point[side]["output_tokens"]) - 1)
 
 
 def ratio(point: dict[str, Any]) -> float:
