@@ -90,7 +90,10 @@ def answer(place: Place, name: str, *flags: str, **environ: str) -> tuple[str, s
 def refused(place: Place, name: str, *flags: str, **environ: str) -> tuple[str, str]:
     """(the sentence, the log) of a server that does not come to serve."""
     process, _ = start(place, name, *flags, **environ)
-    log = process.communicate(timeout=LIMIT_S)[1]
+    try:
+        log = process.communicate(timeout=LIMIT_S)[1]
+    finally:
+        process.kill()
     assert process.returncode == 1, log
     assert "Traceback" not in log
     *_, last = log.splitlines()
@@ -175,7 +178,7 @@ def cut(place: Place) -> None:
 
 
 REFUSALS = {
-    "wrong token": Refusal("does not accept the token in HF_TOKEN", GATED, environ=(("HF_TOKEN", "hf_wrong"),)),
+    "wrong token": Refusal("does not accept the token in HF_TOKEN", "a/b", environ=(("HF_TOKEN", "hf_wrong"),)),
     "unknown": Refusal(
         "no Hub model 'someone/modle': check the spelling (in the cache there is someone/model)", "someone/modle"
     ),
