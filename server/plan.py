@@ -36,7 +36,8 @@ from engine.memory_plan import (
     weights_of,
 )
 from engine.model_cache import present_folder
-from server.config import flag_name, has_nvidia_driver, load_config, parse_count
+from server.config import has_nvidia_driver, load_config, parse_count
+from server.flags import flag_name
 
 CUDA_BYTES = 1_000_000_000  # an estimate of what the driver, the context and its libraries take of a card
 SHOWN_LENGTHS = (32768, 8192, 2048, 512)

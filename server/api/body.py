@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from engine.errors import InvalidRequest
 from server.api.json_depth import structure_fault
-from server.config import nearest
+from server.config_sources import nearest
 from server.errors import BodyTooLarge
 
 IGNORED_FIELDS_HEADER = "X-Octavo-Ignored-Fields"
