@@ -190,7 +190,7 @@ def resolve_device(device: str) -> str:
 
 def command(idea: Idea, args: argparse.Namespace) -> str:
     """What to type to measure it again: the flags that differ from their defaults, but where the results go."""
-    parser, words = make_parser(idea), [idea.script]
+    parser, words = make_parser(idea), [".venv/bin/python", idea.script]
     for action in parser._actions:
         value = getattr(args, action.dest, action.default)
         if action.dest in ("out", "json", "from_json", "help") or value == action.default:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Flash attention against standard attention: the same numbers in less time, with memory that grows with the length alone.
 
-    scripts/ideas_flash_attention.py                          # 512 to 32,768 tokens; two to three minutes on two cores
-    scripts/ideas_flash_attention.py --shapes 4x64 32x128 --lengths 1024 8192
+    .venv/bin/python scripts/ideas_flash_attention.py   # 512 to 32,768 tokens; two to three minutes on two cores
+    .venv/bin/python scripts/ideas_flash_attention.py --shapes 4x64 32x128 --lengths 1024 8192
 
 Standard attention (https://arxiv.org/abs/1706.03762) writes down a score for every pair of query and key. Flash attention
 (https://arxiv.org/abs/2205.14135) keeps a tile of them and corrects what it has summed when a larger score comes by. Measured

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The KV cache: tokens per second with it and without it, against sequence length, and what it takes in bytes.
 
-    scripts/ideas_kv_cache.py                     # the demo model on a CPU, the shape of Llama-3.1-8B on a GPU
-    scripts/ideas_kv_cache.py --lengths 128 1024 --model llama-3.2-1b
+    .venv/bin/python scripts/ideas_kv_cache.py   # the demo model on a CPU, the shape of Llama-3.1-8B on a GPU
+    .venv/bin/python scripts/ideas_kv_cache.py --lengths 128 1024 --model llama-3.2-1b
 
 A decoder's new token attends to the keys and values of all tokens before it (https://arxiv.org/abs/1706.03762). They never
 change, so they are kept. Both sides run through the engine's core over the same loaded model, one request at a time, greedy.

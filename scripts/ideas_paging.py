@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pages against contiguous KV memory: how much of it is wasted, how many requests fit, and what that does to throughput.
 
-    scripts/ideas_paging.py
+    .venv/bin/python scripts/ideas_paging.py
 
 Before PagedAttention (https://arxiv.org/abs/2309.06180) a request's keys and values lay in one piece, reserved when it began.
 Both ways run here through the engine's core, with the same memory and the same requests, all there at the start; what changes

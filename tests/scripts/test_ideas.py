@@ -39,7 +39,7 @@ def test_figures_without_matplotlib(
     kept = tmp_path / "new" / "figures.json"
     assert ideas.run(idea(), ["--device", "cpu", "--json", str(kept), "--lengths", "1", "2"]) == 0
     record = json.loads(kept.read_text())
-    assert record["command"] == "scripts/ideas_some_idea.py --device cpu --lengths 1 2"
+    assert record["command"] == ".venv/bin/python scripts/ideas_some_idea.py --device cpu --lengths 1 2"
     assert (record["idea"], record["device"], record["results"]) == ("some-idea", "cpu", {"value": 3})
     assert "torch" in record["machine"]
 

@@ -57,5 +57,5 @@ def test_figures_are_drawn_elsewhere(record: dict[str, Any], tmp_path: Path, cap
     text = page.read_text()
     assert text.startswith("before\n<!-- figures: kv-cache cpu -->\n") and text.endswith("\n<!-- end -->\nafter\n")
     assert "of yesterday" not in text and "pictures/kv-cache-cpu.png" in text and record["machine"] in text
-    assert "scripts/ideas_kv_cache.py --device cpu --smallest --dtype float32" in text
+    assert ".venv/bin/python scripts/ideas_kv_cache.py --device cpu --smallest --dtype float32" in text
     assert record["machine"] in capsys.readouterr().out
