@@ -62,7 +62,7 @@ class Scale:
 SCALES = {
     "smallest": Scale("llama-tiny", 4, 12, 8, 24, (0.5,)),
     "cpu": Scale("demo", 8, 48, 40, 160, (0.4, 0.8)),
-    "cuda": Scale("llama-3.1-8b", 64, 512, 160, 640, (0.4, 0.6, 0.8, 0.9)),
+    "cuda": Scale("llama-3.1-8b", 64, 256, 160, 640, (0.5, 0.8)),
 }
 
 
