@@ -180,7 +180,7 @@ class DenseMlp:
         self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, post: Norm | None, post_mlp: Norm | None
     ) -> torch.Tensor | None:
         """See FusedLayer.finish: residual += post(x) first, then the MLP of its norm."""
-        return _leave(self.down, self.expand(x, residual, norm, post), residual, post_mlp)
+        return self.contract(self.expand(x, residual, norm, post), residual, post_mlp)
 
     def expand(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, post: Norm | None) -> torch.Tensor:
         """All but the down projection: [T, intermediate size]."""
@@ -192,6 +192,10 @@ class DenseMlp:
         if gated:
             return self.gate_up(normed, activation=self.activation)  # type: ignore[no-any-return]
         return ACTIVATIONS[self.activation](self.gate_up(normed))
+
+    def contract(self, hidden: torch.Tensor, residual: torch.Tensor, post_mlp: Norm | None) -> torch.Tensor | None:
+        """The down projection: what is yet to be added to the residual, None where it has been added."""
+        return _leave(self.down, hidden, residual, post_mlp)
 
 
 class SparseMlp:
