@@ -117,18 +117,25 @@ def stream(port: int) -> Iterator[bytes]:
         yield from response.iter_raw()
 
 
-def tokens_of(text: bytes) -> int:
-    events = [line[6:] for line in text.decode().splitlines() if line.startswith("data: {")]
-    return sum(bool(json.loads(event)["choices"][0]["text"]) for event in events)
+def texts_of(stream_bytes: bytes) -> list[str]:
+    """The text of each event that has some: one token, or a few where the server had no time for each."""
+    events = [json.loads(line[6:]) for line in stream_bytes.decode().splitlines() if line.startswith("data: {")]
+    return [text for event in events if (text := event["choices"][0]["text"])]
+
+
+def num_tokens(stream_bytes: bytes) -> int:
+    return len(re.findall(r"t\d+\. ", "".join(texts_of(stream_bytes))))
 
 
 def test_tokens_come_one_by_one(replicas: tuple[int, Replica, Replica]) -> None:
     port, _, _ = replicas
     parts = list(stream(port))
-    assert tokens_of(b"".join(parts)) == NUM_TOKENS
-    # A token every 0.2 s: a few may meet on the way when this machine is busy; a proxy that holds them back joins nearly all.
-    assert sum(tokens_of(part) > 0 for part in parts) > NUM_TOKENS * 2 / 3
-    assert b"".join(parts).rstrip().endswith(b"data: [DONE]")
+    whole = b"".join(parts)
+    assert num_tokens(whole) == NUM_TOKENS
+    assert whole.rstrip().endswith(b"data: [DONE]")
+    # A token every 0.2 s: a few events may meet on the way when this machine is busy; a proxy that holds them back joins all.
+    num_events, num_reads = len(texts_of(whole)), sum(bool(texts_of(part)) for part in parts)
+    assert num_events > 3 and num_reads >= num_events * 2 / 3, (num_events, num_reads)
 
 
 def test_both_serve_and_a_dead_one_is_left_out(replicas: tuple[int, Replica, Replica]) -> None:
@@ -153,4 +160,4 @@ def test_one_that_ends_finishes_its_streams_and_gets_no_new_ones(replicas: tuple
     assert other.process.returncode == 0
     assert len(chosen) > 5 and set(chosen[-5:]) == {one.name}, chosen
     whole = [first + b"".join(rest) for first, rest in zip(begun, open_streams, strict=True)]
-    assert [tokens_of(text) for text in whole] == [NUM_TOKENS, NUM_TOKENS]
+    assert [num_tokens(text) for text in whole] == [NUM_TOKENS, NUM_TOKENS]
