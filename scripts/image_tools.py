@@ -226,7 +226,9 @@ def make_base(tool: Buildah, suite: str, scratch: Path) -> str:
 def pip_settings() -> tuple[str, list[str]]:
     """(a pip.conf that holds what this machine's pip is set to, files and folders that it names)."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
-    settings = {found[1]: found[2].replace("\\n", " ") for line in listed.splitlines() if (found := _PIP_LINE.fullmatch(line))}
+    # Variables are stronger than files.
+    lines_of_pip = sorted(listed.splitlines(), key=lambda line: line.startswith(":env:"))
+    settings = {found[1]: found[2].replace("\\n", " ") for line in lines_of_pip if (found := _PIP_LINE.fullmatch(line))}
     words = [word.removeprefix("file://") for value in settings.values() for word in value.split()]
     folders = [_index_root(Path(word)) for word in words if word.startswith("/") and Path(word).exists()]
     lines = [f"{name} = {value}" for name, value in settings.items()]
