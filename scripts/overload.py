@@ -2,16 +2,28 @@
 """What happens to a server that is asked for more than it can do: a load at its capacity, then one at four times that.
 
     scripts/overload.py                                   # the demo model, a minute each
-    scripts/overload.py --model M --seconds 20 -- --max-waiting-requests 64     # flags of `octavo serve` after --
+    scripts/overload.py --output-spread 0.5               # answers of different lengths
+    scripts/overload.py --model M --seconds 20 -- --max-wait-s 5     # flags of `octavo serve` after --
 
-Its capacity is what it completes a second while half as many clients again as it runs at once each ask anew as soon as they are
-answered, so that no slot is ever empty. Then requests arrive at random (Poisson) at that rate, and at --times it, whether
-earlier ones have been answered or not: nobody slows down for a server that is slow. All stream; a share of them gives a time
-limit for the first token. Checked, and told by the exit code:
+**Capacity** is what it completes a second while no slot is ever empty: half as many clients again as it has slots ask anew as
+soon as they are answered (who is refused, after a second at most). Their first answers are of random lengths, so that the
+others do not all end together. After a third of the time an answer counts by the share of its stream that lies in what is left:
+neither how the clients begin nor how they end, and no refusal, makes the figure smaller than what the server can do.
+
+**At capacity** requests arrive at that rate, as many as that makes but at random times, whether earlier ones have been answered
+or not: nobody slows down for a server that is slow. The time to first token is of those that come once the slots have had the
+time to fill, that is as long as an answer takes with all slots in use: before that nobody waits, and the figure would be of a
+server that is not at its capacity yet. It is mostly waiting: who is asked for exactly what he can do has a queue half the time.
+
+**The overload** is --times that rate, from a server at rest. Of it everything counts, from the first request on. Answers are
+equally long unless --output-spread says otherwise, which is the worst case: slots that were filled together are free together.
+
+All stream; a share of the requests gives a time limit for the first token. Checked, and told by the exit code:
 
 - every request ends in 200, 429 with a Retry-After, or 504, and no stream that has begun is cut without a word;
 - the memory of both processes is as large at the end of the overload as in its middle;
 - the 99th percentile of the time to first token of those let in is at most twice that at capacity (not with --no-timing);
+- under the overload it answers as many a second as it can, a tenth less at most (not with --no-timing): to refuse all is easy;
 - when all is over nothing runs, waits or holds a page.
 """
 
@@ -22,6 +34,7 @@ import asyncio
 import collections
 import contextlib
 import json
+import math
 import random
 import sys
 import tempfile
@@ -45,23 +58,29 @@ LOOK_INTERVAL_S = 0.5
 FIRST_ID, LAST_ID = 3, 90  # of tokens that every tokenizer has
 MAX_GROWTH_BYTES = 16 * 2**20
 MAX_TTFT_RATIO = 2.0
+MIN_SHARE_ANSWERED = 0.9
+LONGEST_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Load:
-    """Lengths in tokens. timed_share: of requests that give first_token_timeout_s."""
+    """Lengths in tokens. output_spread: by how much of output_len answers are shorter or longer. timed_share: of requests that
+    give first_token_timeout_s."""
 
     input_len: int = 128
     output_len: int = 64
+    output_spread: float = 0.0
     slots: int = 32
     timed_share: float = 0.1
     first_token_timeout_s: float = 2.0
     seed: int = 0
 
-    def payload(self, draw: random.Random) -> dict[str, Any]:
+    def payload(self, draw: random.Random, share: float = 1.0) -> dict[str, Any]:
+        """share: of the usual length of an answer."""
+        length = self.output_len * share * draw.uniform(1 - self.output_spread, 1 + self.output_spread)
         payload = {
             "prompt": draw.choices(range(FIRST_ID, LAST_ID), k=self.input_len),
-            "max_tokens": self.output_len,
+            "max_tokens": max(1, round(length)),
             "ignore_eos": True,
             "stream": True,
         }
@@ -71,22 +90,34 @@ class Load:
 
     def num_kv_blocks(self) -> int:
         """Enough for all slots and a little to spare: a large cache is filled, and so grows in memory, for minutes."""
-        return self.slots * ((self.input_len + self.output_len) // 16 + 2) * 3 // 2
+        longest = self.input_len + int(self.output_len * (1 + self.output_spread))
+        return self.slots * (longest // 16 + 2) * 3 // 2
 
 
 @dataclass
 class Phase:
-    """What became of the requests of one load. problems: what is allowed under no load."""
+    """What became of the requests of one load. rate: a second, of those that came. spans: of whole answers, from first
+    token to end. problems: what is allowed under no load. Times are of time.monotonic()."""
 
     name: str
     rate: float
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    counts_from_s: float = 0.0
+    counts_to_s: float = math.inf
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     ttft_s: list[float] = field(default_factory=list)
     retry_after_s: list[int] = field(default_factory=list)
     num_late_streams: int = 0
     problems: list[str] = field(default_factory=list)
     vitals: list[Vitals] = field(default_factory=list)
-    seconds: float = 0.0
+
+    def answered(self) -> float:
+        """Answers a second in the time that counts, each by the share of its stream that lies in it."""
+        lengths = [
+            max(0.0, min(end_s, self.counts_to_s) - max(first_s, self.counts_from_s)) / max(end_s - first_s, 1e-9)
+            for first_s, end_s in self.spans
+        ]
+        return sum(lengths) / (self.counts_to_s - self.counts_from_s)
 
     def memory_growth(self, name: str) -> float:
         """Bytes between the middle third of this phase and its last."""
@@ -103,13 +134,19 @@ class Phase:
             for name in ("frontend_rss_bytes", "engine_rss_bytes")
         ]
         counts = [str(self.statuses[status]) for status in (200, 429, 504)]
-        return "| " + " | ".join([self.name, f"{self.rate:.2f}", *counts, *ttft, f"{waiting:.0f}", retry, *sizes]) + " |"
+        return (
+            "| "
+            + " | ".join(
+                [self.name, f"{self.rate:.2f}", f"{self.answered():.2f}", *counts, *ttft, f"{waiting:.0f}", retry, *sizes]
+            )
+            + " |"
+        )
 
 
 HEADER = (
-    "| load | requests/s | 200 | 429 | 504 | TTFT p50, s | p99, s | most waiting | Retry-After, s | frontend, MiB "
+    "| load | requests/s | answers/s | 200 | 429 | 504 | TTFT p50, s | p99, s | most waiting | Retry-After, s | frontend, MiB "
     "| engine, MiB |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -121,29 +158,37 @@ class Driver:
         self._watch = watch
         self._load = load
         self._draw = random.Random(load.seed)
+        self._draw_times = random.Random(load.seed)
 
     async def closed(self, seconds: float) -> Phase:
-        """Half as many clients again as there are slots, each with one request after the other. Its rate: of what they got."""
+        """Half as many clients again as there are slots, each with one request after the other."""
         phase = Phase("closed", 0.0)
-        end_s = time.monotonic() + seconds
+        began_s = time.monotonic()
+        phase.counts_from_s, phase.counts_to_s = began_s + seconds / 3, began_s + seconds
 
         async def client() -> None:
-            while time.monotonic() < end_s:
-                await self._ask(phase)
+            share = self._draw.random()
+            while time.monotonic() < phase.counts_to_s:
+                retry_after_s = await self._ask(phase, share)
+                share = 1.0
+                await asyncio.sleep(min(retry_after_s, LONGEST_RETRY_S))
 
         await self._watched(phase, lambda: asyncio.gather(*(client() for _ in range(self._load.slots * 3 // 2))))
-        phase.rate = phase.statuses[200] / phase.seconds
+        phase.rate = sum(phase.statuses.values()) / (time.monotonic() - began_s)
         return phase
 
-    async def open(self, name: str, rate: float, seconds: float) -> Phase:
-        """`rate` requests a second at random times; returns when all of them have ended."""
+    async def open(self, name: str, rate: float, seconds: float, settle_s: float = 0.0) -> Phase:
+        """`rate` requests a second at random times, of which those count that come after settle_s; returns when all of them
+        have ended."""
         phase = Phase(name, rate)
+        began_s = time.monotonic()
+        phase.counts_from_s, phase.counts_to_s = began_s + settle_s, began_s + settle_s + seconds
+        times = [began_s + self._draw_times.uniform(0.0, settle_s) for _ in range(round(rate * settle_s))]
+        times += [phase.counts_from_s + self._draw_times.uniform(0.0, seconds) for _ in range(round(rate * seconds))]
 
         async def arrive() -> None:
             tasks = []
-            at_s = time.monotonic()
-            end_s = at_s + seconds
-            while (at_s := at_s + self._draw.expovariate(rate)) < end_s:
+            for at_s in sorted(times):
                 await asyncio.sleep(max(0.0, at_s - time.monotonic()))
                 tasks.append(asyncio.create_task(self._ask(phase)))
             await asyncio.gather(*tasks)
@@ -161,40 +206,43 @@ class Driver:
                 await asyncio.sleep(LOOK_INTERVAL_S)
 
         looking = asyncio.create_task(look())
-        started = time.monotonic()
         try:
             await work()
         finally:
-            phase.seconds = time.monotonic() - started
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
 
-    async def _ask(self, phase: Phase) -> None:
+    async def _ask(self, phase: Phase, share: float = 1.0) -> float:
+        """How many seconds later to ask again, where it was refused."""
         try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
-                await self._read_answer(phase)
+                return await self._read_answer(phase, self._load.payload(self._draw, share))
         except (OSError, asyncio.IncompleteReadError, HttpError, TimeoutError) as error:
             phase.problems.append(f"a request ended without an answer: {error!r}")
+            return LONGEST_RETRY_S
 
-    async def _read_answer(self, phase: Phase) -> None:
-        payload = self._load.payload(self._draw)
+    async def _read_answer(self, phase: Phase, payload: dict[str, Any]) -> float:
         sent = time.monotonic()
         async with Response(self._connections, "POST", "/v1/completions", payload) as response:
             phase.statuses[response.status] += 1
             if response.status != 200:
                 self._read_refusal(phase, response, await response.read_all())
-                return
-            parser, is_done, is_first = EventParser(), False, True
+                return float(response.headers.get("retry-after", 0))
+            parser, is_done, first = EventParser(), False, 0.0
             while part := await response.read_part():
                 for event in parser.push(part):
-                    if is_first:
-                        phase.ttft_s.append(time.monotonic() - sent)
-                        is_first = False
+                    if not first:
+                        first = time.monotonic()
+                        if sent >= phase.counts_from_s:
+                            phase.ttft_s.append(first - sent)
                     is_done = is_done or event == b"[DONE]"
                     if event.startswith(b'{"error"'):
                         self._read_error(phase, json.loads(event)["error"])
-            if not is_done:
+            if is_done:
+                phase.spans.append((first, time.monotonic()))
+            else:
                 phase.problems.append("a stream was cut")
+        return 0.0
 
     def _read_refusal(self, phase: Phase, response: Response, body: bytes) -> None:
         if response.status == 429 and 1 <= int(response.headers.get("retry-after", 0)) <= 60:
@@ -209,19 +257,23 @@ class Driver:
             phase.problems.append(f"a stream ended with {error['code']}: {error['message']}")
 
 
+def _told(phase: Phase) -> Phase:
+    print(phase.row(), flush=True)
+    return phase
+
+
 async def drive(server: Server, load: Load, *, seconds: float, times: float, timing: bool) -> list[str]:
     """Puts the loads on a server that is ready, prints what comes of it, and returns what is wrong."""
     driver = Driver(server.base_url, ServerWatch(server.process.pid, server.base_url), load)
     await driver.closed(min(5.0, seconds))  # the first requests take longer than any later
-    closed = await driver.closed(seconds / 2)
-    phases = [closed]
-    for name, rate in (("capacity", closed.rate), (f"{times:g} times", times * closed.rate)):
-        await driver.at_rest()
-        phases.append(await driver.open(name, rate, seconds))
-    rest = await driver.at_rest()
     print(HEADER)
-    for phase in phases:
-        print(phase.row(), flush=True)
+    phases = [_told(await driver.closed(seconds))]
+    capacity = phases[0].answered()
+    await driver.at_rest()
+    phases.append(_told(await driver.open("capacity", capacity, seconds, settle_s=load.slots / capacity)))
+    await driver.at_rest()
+    phases.append(_told(await driver.open(f"{times:g} times", times * capacity, seconds)))
+    rest = await driver.at_rest()
     problems = [f"{phase.name}: {problem}" for phase in phases for problem in phase.problems]
     if not rest.at_rest():
         problems.append(f"something is left when all is over: {rest.metrics}")
@@ -240,6 +292,10 @@ def _judge(capacity: Phase, overload: Phase, timing: bool) -> list[str]:
         print(f"TTFT p99 of those let in: {ratio:.2f} times that at capacity")
         if timing and ratio > MAX_TTFT_RATIO:
             problems.append(f"the p99 of TTFT is {ratio:.2f} times that at capacity, more than {MAX_TTFT_RATIO}")
+    share = overload.answered() / capacity.rate
+    print(f"answers a second under the overload: {share:.2f} of the capacity")
+    if timing and share < MIN_SHARE_ANSWERED:
+        problems.append(f"under the overload it answers {share:.2f} of what it can, less than {MIN_SHARE_ANSWERED}")
     return problems
 
 
@@ -250,7 +306,7 @@ def main(argv: Sequence[str] | None = None, command: Sequence[str] = ()) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of each of the two loads")
     parser.add_argument("--times", type=float, default=4.0, help="the capacity, for the overload")
     parser.add_argument("--no-timing", action="store_true", help="check all but the times")
-    for name in ("input_len", "output_len", "slots", "timed_share", "first_token_timeout_s", "seed"):
+    for name in ("input_len", "output_len", "output_spread", "slots", "timed_share", "first_token_timeout_s", "seed"):
         default = getattr(Load, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
     parser.add_argument("flags", nargs="*", help="for octavo serve, after --")
