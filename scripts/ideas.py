@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import re
 import sys
@@ -204,7 +203,8 @@ def command(idea: Idea, args: argparse.Namespace) -> str:
 
 
 def machine(device: str) -> str:
-    """One line: processor or card, cores, versions, and the load where others were at work."""
+    """One line: processor or card, cores, versions, and whether others were at work."""
+    import psutil
     import torch
 
     from engine.host_cores import usable_cores
@@ -213,8 +213,8 @@ def machine(device: str) -> str:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {cores} cores, {versions}"
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = f", other work on it (load {load:.1f})" if load > 0.5 * cores else ""
+    at_work = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)  # this process waits meanwhile
+    busy = f", other work on it ({at_work:.1f} cores)" if at_work > 0.3 else ""
     return f"{cpu_name()}, {cores} core{'s' * (cores != 1)}, {versions}{busy}"
 
 

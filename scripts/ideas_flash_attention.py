@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Flash attention against standard attention: the same numbers in less time, with memory that grows with the length alone.
 
-    .venv/bin/python scripts/ideas_flash_attention.py   # 512 to 32,768 tokens; two to three minutes on two cores
+    .venv/bin/python scripts/ideas_flash_attention.py   # 512 to 32,768 tokens; three minutes on two cores
     .venv/bin/python scripts/ideas_flash_attention.py --shapes 4x64 32x128 --lengths 1024 8192
 
 Standard attention (https://arxiv.org/abs/1706.03762) writes down a score for every pair of query and key. Flash attention

@@ -164,7 +164,7 @@ def summary(results: Results) -> str:
     times = [found(records, kind=kind, length=longest) for kind in ("standard", "engine")]
     assert times[0] is not None and times[1] is not None
     last = max(r["length"] for r in records)
-    limit = "" if last == longest else f" Standard attention over {last:,} tokens finds no memory at all."
+    limit = "" if last == longest else f" Standard attention over {last:,} tokens does not fit."
     return (
         f"At {longest:,} tokens standard attention takes {size(standard[1][-1])} and {number(1000 * times[0]['seconds'])} ms, "
         f"the engine's kernel {size(times[1]['peak_bytes'])} ({percent(saving(records, length=longest))} less) and "
@@ -181,8 +181,8 @@ def draw(results: Results, figure: Figure) -> None:
     for kind, (label, colour, marker) in KINDS.items():
         for axes, what, unit in ((memory, "peak_bytes", 2**20), (speed, "seconds", 1e-3)):
             at, values = curve(records, kind, what)
-            grows = f"{label}: grows as length$^{{{power(at, values):.2f}}}$"
-            axes.plot(at, [value / unit for value in values], color=colour, marker=marker, label=grows)
+            grows = f": grows as length$^{{{power(at, values):.2f}}}$" if axes is memory else ""
+            axes.plot(at, [value / unit for value in values], color=colour, marker=marker, label=label + grows)
     for axes, what, unit in ((memory, "peak_bytes", 2**20), (speed, "seconds", 1e-3)):
         mark_misfits(axes, records, what, unit)
         length_axis(axes, lengths)

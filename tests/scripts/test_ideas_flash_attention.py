@@ -74,4 +74,4 @@ def test_a_length_that_does_not_fit_is_marked_in_the_table(results: dict[str, An
     longer = [dict(record, length=256) for record in cut["cases"] if record["length"] == 512]  # a curve needs two points
     cut["cases"] = longer + cut["cases"]
     assert any("does not fit" in row for row in ideas_flash_attention.IDEA.tables(cut)[0].rows)
-    assert "finds no memory" in ideas_flash_attention.IDEA.summary(cut)
+    assert "1,024 tokens does not fit" in ideas_flash_attention.IDEA.summary(cut)
