@@ -271,8 +271,9 @@ def summary(results: Results) -> str:
     return (
         f"{results['model']}{weights}, {results['slots']} slots, answers of {results['mean_answer']:.0f} tokens on average and "
         f"{results['longest_answer']} at most: static batches take {static['steps'] / continuous['steps']:.1f} times the "
-        f"steps, because {percent(static['idle_slot_steps'] / static['slot_steps'])} of their slots stand idle while somebody waits, "
-        f"and give {static['output_tokens'] / static['seconds']:,.0f} tokens a second where continuous batching gives "
+        f"steps, because {percent(static['idle_slot_steps'] / static['slot_steps'])} of their slots stand idle while "
+        f"somebody waits, and give {static['output_tokens'] / static['seconds']:,.0f} tokens a second where continuous "
+        f"batching gives "
         f"{continuous['output_tokens'] / continuous['seconds']:,.0f}. At {percent(ours['load'])} of the rate that continuous "
         f"batching can complete, the median first token comes after {number(ours['ttft_p50_s'])} s instead of "
         f"{number(theirs['ttft_p50_s'])} s."

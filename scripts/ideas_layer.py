@@ -64,12 +64,12 @@ LABELS = {
     "sampling": "choice of the token",
     "around": "around it",
 }
-KINDS = {"weights": BLUE, "keys and values": ORANGE, "head": GREEN, "the rest": GREY}
+KINDS = {"weights of the layers": BLUE, "keys and values": ORANGE, "head": GREEN, "the rest": GREY}
 
 
 def kind_of(part: str) -> str:
     if part in ("qkv", "output", "gate_up", "down"):
-        return "weights"
+        return "weights of the layers"
     return {"attention": "keys and values", "head": "head"}.get(part, "the rest")
 
 
@@ -203,7 +203,8 @@ def summary(results: Results) -> str:
         f"{results['model']}{weights} in {results['dtype']}: a token after {point['context']:,} others takes "
         f"{number(1e3 * point['undivided_s'])} ms and moves {size(moved)}, which is "
         f"{percent(moved / point['undivided_s'] / best_bandwidth(results))} of what this machine's memory gives "
-        f"({number(best_bandwidth(results) / 1e9)} GB/s). {percent(share_of(point, 'weights', 'head'))} of the time goes to "
+        f"({number(best_bandwidth(results) / 1e9)} GB/s). "
+        f"{percent(share_of(point, 'weights of the layers', 'head'))} of the time goes to "
         f"products with weights and {percent(share_of(point, 'keys and values'))} to attention; after {last['context']:,} "
         f"tokens attention has {percent(share_of(last, 'keys and values'))}. The parts add up to "
         f"{percent(total(point, 'seconds') / point['undivided_s'])} of the step measured whole."
@@ -305,10 +306,10 @@ def draw_speeds(axes: Axes, results: Results) -> None:
         "the memory's speed",
         (fastest / 1e9, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(-4, -4),
+        xytext=(4, -4),
         textcoords="offset points",
         rotation=90,
-        ha="right",
+        ha="left",
         va="top",
         fontsize=8,
         color=PURPLE,
