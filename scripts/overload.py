@@ -96,12 +96,12 @@ class Load:
 
 @dataclass
 class Phase:
-    """What became of the requests of one load. rate: a second, of those that came. spans: of whole answers, from first
-    token to end. problems: what is allowed under no load. Times are of time.monotonic()."""
+    """What became of the requests of one load. rate: a second, of those that came. spans: of whole answers, first
+    token, end, and share of the usual length. problems: what is allowed under no load. Times are of time.monotonic()."""
 
     name: str
     rate: float
-    spans: list[tuple[float, float]] = field(default_factory=list)
+    spans: list[tuple[float, float, float]] = field(default_factory=list)
     counts_from_s: float = 0.0
     counts_to_s: float = math.inf
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
@@ -113,11 +113,11 @@ class Phase:
 
     def answered(self) -> float:
         """Answers a second in the time that counts, each by the share of its stream that lies in it."""
-        lengths = [
-            max(0.0, min(end_s, self.counts_to_s) - max(first_s, self.counts_from_s)) / max(end_s - first_s, 1e-9)
-            for first_s, end_s in self.spans
+        shares = [
+            share * max(0.0, min(end_s, self.counts_to_s) - max(first_s, self.counts_from_s)) / max(end_s - first_s, 1e-9)
+            for first_s, end_s, share in self.spans
         ]
-        return sum(lengths) / (self.counts_to_s - self.counts_from_s)
+        return sum(shares) / (self.counts_to_s - self.counts_from_s)
 
     def memory_growth(self, name: str) -> float:
         """Bytes between the middle third of this phase and its last."""
@@ -216,12 +216,13 @@ class Driver:
         """How many seconds later to ask again, where it was refused."""
         try:
             async with asyncio.timeout(REQUEST_LIMIT_S):
-                return await self._read_answer(phase, self._load.payload(self._draw, share))
+                return await self._read_answer(phase, share)
         except (OSError, asyncio.IncompleteReadError, HttpError, TimeoutError) as error:
             phase.problems.append(f"a request ended without an answer: {error!r}")
             return LONGEST_RETRY_S
 
-    async def _read_answer(self, phase: Phase, payload: dict[str, Any]) -> float:
+    async def _read_answer(self, phase: Phase, share: float) -> float:
+        payload = self._load.payload(self._draw, share)
         sent = time.monotonic()
         async with Response(self._connections, "POST", "/v1/completions", payload) as response:
             phase.statuses[response.status] += 1
@@ -239,7 +240,7 @@ class Driver:
                     if event.startswith(b'{"error"'):
                         self._read_error(phase, json.loads(event)["error"])
             if is_done:
-                phase.spans.append((first, time.monotonic()))
+                phase.spans.append((first, time.monotonic(), share))
             else:
                 phase.problems.append("a stream was cut")
         return 0.0

@@ -23,12 +23,12 @@ MAX_WAIT_S = 60.0
 """Without a limit of its own, as many tokens may wait as the engine gets through in this time; the longest Retry-After too."""
 
 LEAST_MAX_WAIT_S = 1.0
-ANSWER_SHARE = 1 / 8
+ANSWER_SHARE = 1 / 16
 """Without a limit of its own, a request may wait for this share of the time that an answer takes here, and at least so long."""
 
 FEW_PROMPTS = 4
-"""So many prompts before its own are no reason to refuse a request, however long they are: one client's long text would keep
-everybody else away."""
+"""Where a slot is free, so many prompts before its own are no reason to refuse a request, however long they are: one client's
+long text would keep everybody else away."""
 
 
 class Work(NamedTuple):
@@ -108,8 +108,9 @@ class Backlog:
         self._max_waiting_tokens = max_waiting_tokens
         self._observe_shed = observe_shed
         self._clock = clock
-        self._pace = Pace(lambda: read_stats().prompt_tokens + read_stats().generation_tokens)
-        self._prompt_pace = Pace(lambda: self._num_started_prompt_tokens)
+        # The engine tells its counters every quarter of a second; what has started is known at once.
+        self._pace = Pace(lambda: read_stats().prompt_tokens + read_stats().generation_tokens, interval_s=0.5, enough_s=3.0)
+        self._prompt_pace = Pace(lambda: self._num_started_prompt_tokens, interval_s=0.0, enough_s=1.0)
         self._outputs = OutputLength()
         self._answers = AnswerTimes()
         self._burst = Burst()
@@ -158,9 +159,8 @@ class Backlog:
         return max(0, int(by_slots), by_pages)
 
     def wait_s(self) -> float:
-        """How long who came now would wait: for a slot and for pages, and for prompts before its own. 0 where nothing was
-        measured yet."""
-        return max(self._wait_for_work_s(), self._wait_for_slot_s(), self._wait_for_prompts_s())
+        """How long who came now would wait until the engine has its prompt to compute. 0 where nothing was measured yet."""
+        return max(self._wait_for_work_s(), self._wait_for_turn_s())
 
     def max_wait_s(self) -> float:
         """How long a request may be expected to wait; infinity where there is no bound."""
@@ -186,34 +186,47 @@ class Backlog:
         pace = self._pace.a_second
         return self.tokens_ahead() / pace if pace else 0.0
 
-    def _wait_for_slot_s(self) -> float:
-        """Until as many answers have ended as it takes. Answers that begin together and are equally long end together: however
-        many a second that is on the average, who comes after they have begun waits until then."""
+    def _wait_for_turn_s(self) -> float:
+        """Until as many answers have ended as it takes, and the prompts before its own are computed.
+
+        Answers that begin together and are equally long end together: however many a second that is on the average, who comes
+        after they have begun waits until then.
+        """
+        prompt_s = self._prompt_s()
+        at_s = self._num_begun() * prompt_s
         num_ahead = self._open.num_choices - self._num_slots
         if num_ahead < 0:
-            return 0.0
+            return at_s
+        for free_s in self._slots_free_s(num_ahead, at_s):
+            at_s = max(at_s, free_s) + prompt_s
+        return at_s - prompt_s
+
+    def _slots_free_s(self, num_ahead: int, begun_s: float) -> list[float]:
+        """When those who wait will have slots, and who comes after them. begun_s: until the prompts in slots are computed."""
         now = self._clock()
         seconds = sum(now - ticket.started_s for ticket in self._running if ticket.started_s is not None)
         speed = self._answers.tokens_a_second(seconds, sum(ticket.num_later_tokens() for ticket in self._running))
         if not speed:
-            return 0.0
+            return [0.0] * (num_ahead + 1)
         lefts_s = sorted(num_tokens / speed for num_tokens in self._tokens_left())
         usual_s = self._open.num_output_tokens / self._open.num_choices / speed
         num_late = bisect_right(lefts_s, 0.0)  # longer than expected: when they will end nobody knows, hardly all at once
         lefts_s[:num_late] = [usual_s * (index + 1) / num_late for index in range(num_late)]
-        lefts_s += [usual_s + self._wait_for_prompts_s()] * self._num_begun()
+        lefts_s += [usual_s + begun_s] * self._num_begun()
         lefts_s.sort()
-        num_rounds, index = divmod(num_ahead, len(lefts_s))
-        return lefts_s[index] + num_rounds * usual_s
+        return [lefts_s[index % len(lefts_s)] + index // len(lefts_s) * usual_s for index in range(num_ahead + 1)]
 
     def _tokens_left(self) -> Iterator[float]:
         """Of each choice that has begun to answer, by what was expected."""
         for ticket in self._running:
             yield from itertools.repeat(ticket.num_tokens_left(), ticket.work.num_choices)
 
-    def _wait_for_prompts_s(self) -> float:
+    def _prompt_s(self) -> float:
+        """What a prompt takes of those not yet computed."""
         pace = self._prompt_pace.a_second
-        return (self._waiting.num_tokens - self._waiting.num_output_tokens) / pace if pace else 0.0
+        if not pace or not self._waiting.num_choices:
+            return 0.0
+        return (self._waiting.num_tokens - self._waiting.num_output_tokens) / self._waiting.num_choices / pace
 
     def _num_begun_prompt_tokens(self) -> float:
         if not self._waiting.num_choices:
@@ -224,9 +237,8 @@ class Backlog:
     def _too_long(self, added: Work) -> tuple[str, str] | None:
         """The reason to refuse what is to be added, and a sentence about it; None where there is none."""
         now, limit_s = self._clock(), self.max_wait_s()
-        wait_s = max(self._wait_for_work_s(), self._wait_for_slot_s())
-        if self._waiting.num_choices > FEW_PROMPTS:
-            wait_s = max(wait_s, self._wait_for_prompts_s())
+        has_room = self._open.num_choices < self._num_slots and self._waiting.num_choices <= FEW_PROMPTS
+        wait_s = self._wait_for_work_s() if has_room else self.wait_s()
         before = State(self._open.num_choices, self._waiting.num_choices, self._num_slots)
         is_let_in = self._burst.lets_in(now, before, added.num_choices, wait_s)
         if is_let_in or wait_s <= limit_s:

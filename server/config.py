@@ -126,7 +126,7 @@ class ServerConfig(BaseModel):
         None,
         "limits",
         "who would wait longer for a place in the engine gets a 429, unless it came with a burst; 0 is no limit",
-        shown="an eighth of what an answer takes here, and at least 1",
+        shown="a sixteenth of what an answer takes here, and at least 1",
         ge=0,
         le=86400,
     )

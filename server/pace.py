@@ -14,11 +14,13 @@ class Pace:
     nothing of what it could. A mean over about MEMORY_S of such time."""
 
     MEMORY_S = 30.0
-    INTERVAL_S = 0.5  # the engine tells its counters every quarter of a second
-    ENOUGH_S = 3.0
 
-    def __init__(self, read_count: Callable[[], int]) -> None:
+    def __init__(self, read_count: Callable[[], int], *, interval_s: float, enough_s: float) -> None:
+        """interval_s: between two looks at the count, which may be told that seldom. enough_s: of such time before anything is
+        said."""
         self._read_count = read_count
+        self._interval_s = interval_s
+        self._enough_s = enough_s
         self._count = 0.0
         self._seconds = 0.0
         self._since_s = 0.0
@@ -27,22 +29,22 @@ class Pace:
 
     def measure(self, now_s: float, is_full: bool) -> None:
         """To be called whenever is_full, whether there is more to do than can be taken up, may have changed."""
-        if not is_full:
-            self._is_full = False
+        if self._is_full and now_s - self._since_s < self._interval_s:
+            self._is_full = is_full
             return
-        if self._is_full and now_s - self._since_s < self.INTERVAL_S:
+        if not self._is_full and not is_full:
             return
         counted = self._read_count()
         if self._is_full and counted >= self._counted:  # less: another engine has begun to count
             kept = math.exp((self._since_s - now_s) / self.MEMORY_S)
             self._count = self._count * kept + counted - self._counted
             self._seconds = self._seconds * kept + now_s - self._since_s
-        self._since_s, self._counted, self._is_full = now_s, counted, True
+        self._since_s, self._counted, self._is_full = now_s, counted, is_full
 
     @property
     def a_second(self) -> float:
         """0 until enough has been seen."""
-        return self._count / self._seconds if self._seconds >= self.ENOUGH_S else 0.0
+        return self._count / self._seconds if self._seconds >= self._enough_s else 0.0
 
 
 class OutputLength:

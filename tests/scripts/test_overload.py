@@ -28,5 +28,5 @@ def test_every_request_ends_well_and_nothing_is_left(tmp_path: Path, capsys: pyt
     assert int(table["4 times"]["200"]) > 0 and int(table["4 times"]["429"]) > 0
     assert float(table["4 times"]["requests/s"]) == pytest.approx(4 * float(table["capacity"]["requests/s"]), rel=0.01)
     assert float(table["capacity"]["requests/s"]) == pytest.approx(float(table["closed"]["answers/s"]), rel=0.01)
-    assert float(table["4 times"]["most waiting"]) <= 2 * SLOTS
+    assert float(table["4 times"]["most waiting"]) <= SLOTS + 3 * float(table["4 times"]["answers/s"])  # a second's work
     assert re.search(r"TTFT p99 of those let in: [\d.]+ times", told.out)

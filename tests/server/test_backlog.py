@@ -40,7 +40,7 @@ class Bench:
         )
 
     def enter(self, num_tokens: int = 100, num_choices: int = 1) -> Ticket:
-        return self.backlog.enter([Work(num_choices, num_tokens)], self.ready)[0]
+        return self.backlog.enter([Work(num_choices, num_tokens, num_tokens)], self.ready)[0]
 
     def work(self, seconds: float, tokens_a_second: float) -> None:
         """Let the engine get through so much, with requests coming and going meanwhile."""
