@@ -194,7 +194,10 @@ def serve(engine: LoadedEngine, policy: str, loads: Sequence[Load], runner: Runn
         return made[0]
 
     core = ideas_engine.make_core(engine, runner=runner, scheduler_class=make, enable_prefix_caching=False)
-    answers = ideas_engine.serve(core, loads)
+    try:
+        answers = ideas_engine.serve(core, loads)
+    finally:
+        core.close()
     seconds = time.perf_counter() - started
     scheduler = made[0]
     return {
@@ -281,31 +284,28 @@ def summary(results: Results) -> str:
 
 
 def draw_timeline(results: Results, figure: Figure) -> None:
-    """Slots over time for both policies, at the highest load."""
+    """Slots over time for both policies, with all requests there at once."""
     axes = figure.subplots(2, 1, sharex=True)
-    runs = arriving(results)[-2:]
-    # Where the queue has built up, and as long as about twenty answers take.
-    window = 20 * max(1, statistics.median(stay["end_s"] - stay["start_s"] for stay in runs[0]["stays"])) / 6
-    middle = max(stay["end_s"] for stay in runs[0]["stays"]) / 2
-    start, end = max(0.0, middle - window), middle + window
+    runs = at_once(results)
+    slots = min(results["slots"], MAX_TIMELINE_SLOTS)
     for axis, a_run in zip(axes, runs, strict=True):
-        draw_slots(axis, a_run, start, end, min(results["slots"], MAX_TIMELINE_SLOTS))
-    axes[0].set_title(f"Continuous batching: a slot that is free is taken at the next step ({percent(runs[0]['load'])} load)")
-    axes[1].set_title("Static batching, the same requests: slots stand empty until the longest answer has ended")
-    axes[1].set_xlabel("seconds since the first request could arrive")
+        draw_slots(axis, a_run, slots)
+    axes[0].set_xlim(0, max(stay["end_s"] for a_run in runs for stay in a_run["stays"]))
+    some = f" ({slots} of {results['slots']} slots)" * (slots < results["slots"])
+    axes[0].set_title(f"Continuous batching: a slot that is free is taken at the next step{some}")
+    axes[1].set_title("Static batching, the same requests: slots stand empty until the batch's longest answer has ended")
+    axes[1].set_xlabel("seconds; a bar is a request in its slot")
 
 
-def draw_slots(axis: Axes, a_run: dict[str, Any], start: float, end: float, slots: int) -> None:
+def draw_slots(axis: Axes, a_run: dict[str, Any], slots: int) -> None:
     for stay in a_run["stays"]:
-        if stay["slot"] < slots and stay["end_s"] > start and stay["start_s"] < end:
-            number_of = int(stay["request"].split(":")[1])
-            left, right = max(start, stay["start_s"]), min(end, stay["end_s"])
-            colour = COLOURS[number_of % len(COLOURS)]
-            axis.barh(stay["slot"], right - left, left=left, height=0.82, color=colour, edgecolor="white", linewidth=0.6)
+        if stay["slot"] < slots:
+            colour = COLOURS[int(stay["request"].split(":")[1]) % len(COLOURS)]
+            seconds = stay["end_s"] - stay["start_s"]
+            axis.barh(stay["slot"], seconds, left=stay["start_s"], height=0.82, color=colour, edgecolor="white", linewidth=0.6)
     axis.set_ylabel("slot")
     axis.set_yticks(range(0, slots, max(1, slots // 8)))
     axis.set_ylim(slots - 0.4, -0.6)
-    axis.set_xlim(start, end)
     axis.grid(visible=False)
 
 
@@ -340,12 +340,12 @@ def draw(results: Results, figure: Figure) -> None:
     curves.axvline(runs[0]["requests_per_s"], color=GREY, linewidth=1)
     curves.annotate(
         "all that continuous\nbatching completes",
-        (runs[0]["requests_per_s"], 0.97),
+        (runs[0]["requests_per_s"], 0.5),
         xycoords=("data", "axes fraction"),
         xytext=(-5, 0),
         textcoords="offset points",
         ha="right",
-        va="top",
+        va="center",
         fontsize=8,
         color=INK,
     )
@@ -355,6 +355,7 @@ def draw(results: Results, figure: Figure) -> None:
     curves.set_ylabel("time to first token, seconds")
     curves.set_title("Latency against load")
     curves.set_xlim(left=0)
+    curves.margins(y=0.15)
     curves.legend(loc="center left")
 
 

@@ -186,14 +186,15 @@ def measure_side(engine: LoadedEngine, scale: Scale, side: Side, seed: int) -> d
     finally:
         core.close()
     gaps = list(gaps_s(served.running))
-    first = served.running[0].times_s[0]
+    # The running ones' own prompts came before; a step in flight then was theirs too.
+    steps = [step for step in timed.steps if step.started_s >= served.started]
     return {
         "side": side.name,
         "tokens_a_step": side.max_num_batched_tokens,
         "mixed_tokens_a_step": side.max_num_mixed_tokens,
         "is_default": side.is_default,
         "steps": len(timed.steps),
-        "largest_step": max(sum(step.num_tokens) for step in timed.steps),
+        "largest_step": max(sum(step.num_tokens) for step in steps),
         "computed_tokens": sum(sum(step.num_tokens) for step in timed.steps),
         "output_tokens": output_tokens(served.running + served.long),
         "seconds": served.seconds,
@@ -202,7 +203,7 @@ def measure_side(engine: LoadedEngine, scale: Scale, side: Side, seed: int) -> d
         "itl_max_s": max(gaps),
         "ttft_s": [answer.first_token_s for answer in served.long],
         "arrivals_s": [answer.load.arrival_s for answer in served.long],
-        "token_times_s": first,
+        "token_times_s": served.running[0].times_s[0],
         "texts": [answer.tokens[0] for answer in served.running + served.long],
     }
 
@@ -213,7 +214,7 @@ class Served:
     def __init__(self, core: EngineCore, running: Sequence[Load], prompts: Sequence[Load]) -> None:
         self._core = core
         self._prompts = list(prompts)
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         self.running = [Answer(load, [[]], [[]]) for load in running]
         self.long: list[Answer] = []
         self.seconds = 0.0
@@ -230,22 +231,22 @@ class Served:
             num_arrived = len(self.long)
             is_due = len(self.running[-1].tokens[0]) - base >= every * num_arrived + every // 4
             if num_arrived < len(self._prompts) and is_due:
-                load = replace(self._prompts[num_arrived], arrival_s=time.perf_counter() - self._started)
+                load = replace(self._prompts[num_arrived], arrival_s=time.perf_counter() - self.started)
                 self.long.append(Answer(load, [[]], [[]]))
                 ideas_engine.add(self._core, f"long:{num_arrived}", load)
             self._step()
-        self.seconds = time.perf_counter() - self._started
+        self.seconds = time.perf_counter() - self.started
 
     def _step(self) -> None:
         outputs = self._core.step()
-        now = time.perf_counter() - self._started
+        now = time.perf_counter() - self.started
         for output in outputs:
             kind, _, index = output.request_id.partition(":")
             (self.running if kind == "running" else self.long)[int(index)].take(output, now)
 
     def _restart_clock(self) -> None:
         """What came before were the running ones' own prompts."""
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         for answer in self.running:
             answer.times_s = [[0.0]]
 
@@ -318,6 +319,7 @@ def draw(results: Results, figure: Figure) -> None:
         draw_gaps(axes, each, colour)
         axes.set_title(title)
         axes.set_ylabel("ms")
+    panels[0].set_xlim(0, max(max(each["token_times_s"]) for each in shown))
     panels[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     panels[-1].set_xlabel("seconds; a point is a token of one of the running requests, as high as the wait for it")
 
@@ -331,33 +333,38 @@ def draw_gaps(axes: Axes, each: dict[str, Any], colour: str) -> None:
     axes.vlines(times[1:], 0, gaps, color=colour, linewidth=0.8)
     axes.plot(times[1:], gaps, "o", color=colour, markersize=2.5, label="wait for a token")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
     axes.grid(axis="x", visible=False)
 
 
 def draw_trade_off(results: Results, figure: Figure) -> None:
     """By chunk size: what the running ones wait, what the prompt waits, and what the machine does in all."""
     gaps, prompts, speed = figure.subplots(1, 3)
-    runs = results["runs"]
-    places = list(range(len(runs)))
-    lines = (("max", ORANGE, "longest"), ("p99", BLUE, "p99"), ("p50", SKY, "median"))
-    for name, colour, text in lines:
-        gaps.plot(places, [1e3 * each[f"itl_{name}_s"] for each in runs], color=colour, marker="o", label=text)
+    # The engine's rule is no size among the others: it stands apart.
+    fixed = [each for each in results["runs"] if each["side"] != "rule"]
+    rule = [each for each in results["runs"] if each["side"] == "rule"]
+    for name, colour, style, text in (("p50", SKY, "-", "median"), ("p99", BLUE, "-", "p99"), ("max", ORANGE, ":", "longest")):
+        draw_line(gaps, [1e3 * each[f"itl_{name}_s"] for each in fixed + rule], len(fixed), colour, style, text)
     log_axis(gaps, "milliseconds")
     gaps.legend(loc="best")
     gaps.set_title("Wait for the next token")
-    prompts.plot(places, [statistics.mean(each["ttft_s"]) for each in runs], color=GREEN, marker="o")
+    draw_line(prompts, [statistics.mean(each["ttft_s"]) for each in fixed + rule], len(fixed), GREEN, "-", "")
     prompts.set_ylim(bottom=0)
     prompts.set_ylabel("seconds")
     prompts.set_title("First token of a long prompt")
-    bars = [each["computed_tokens"] / each["seconds"] for each in runs]
-    speed.bar(places, bars, color=[BLUE if each["is_default"] else GREY for each in runs], width=0.65)
+    places = list(range(len(fixed + rule)))
+    bars = [each["computed_tokens"] / each["seconds"] for each in fixed + rule]
+    speed.bar(places, bars, color=[BLUE if each["is_default"] else GREY for each in fixed + rule], width=0.65)
     speed.set_ylabel("tokens per second")
     speed.set_title("Prompts and answers together")
     for axes in (gaps, prompts, speed):
-        axes.set_xticks(places, [label(each) for each in runs], rotation=35 if len(runs) > 4 else 0)
-        axes.set_xlabel("tokens a step")
+        axes.set_xticks(places, [label(each) for each in fixed + rule], rotation=35 if len(places) > 5 else 0)
+        axes.set_xlabel("tokens a step" + " (last: the engine's rule)" * bool(rule))
         axes.grid(axis="x", visible=False)
+
+
+def draw_line(axes: Axes, values: Sequence[float], num_fixed: int, colour: str, style: str, text: str) -> None:
+    axes.plot(range(num_fixed), values[:num_fixed], style, color=colour, marker="o", label=text)
+    axes.plot(range(num_fixed, len(values)), values[num_fixed:], "D", color=colour)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -199,12 +199,13 @@ def summary(results: Results) -> str:
     point, last = shown_point(results), results["points"][-1]
     weights = " (random weights)" if results["random_weights"] else ""
     moved = total(point, "bytes")
+    products = share_of(point, "weights of the layers", "head")
     return (
         f"{results['model']}{weights} in {results['dtype']}: a token after {point['context']:,} others takes "
         f"{number(1e3 * point['undivided_s'])} ms and moves {size(moved)}, which is "
         f"{percent(moved / point['undivided_s'] / best_bandwidth(results))} of what this machine's memory gives "
         f"({number(best_bandwidth(results) / 1e9)} GB/s). "
-        f"{percent(share_of(point, 'weights of the layers', 'head'))} of the time goes to "
+        f"{percent(products)} of the time goes to "
         f"products with weights and {percent(share_of(point, 'keys and values'))} to attention; after {last['context']:,} "
         f"tokens attention has {percent(share_of(last, 'keys and values'))}. The parts add up to "
         f"{percent(total(point, 'seconds') / point['undivided_s'])} of the step measured whole."
@@ -226,16 +227,7 @@ def draw(results: Results, figure: Figure) -> None:
         text = f"{number(milliseconds)} ms" if milliseconds >= 1 else f"{number(1e3 * milliseconds)} µs"
         if part["bytes"] > 0.001 * total(point, "bytes"):
             text += f" · {size(part['bytes'])} · {percent(part['bytes'] / part['seconds'] / fastest)} of the bandwidth"
-        on_the_left = start > 0.55 * whole
-        axes.annotate(
-            text,
-            (start if on_the_left else end, row),
-            xytext=(-5 if on_the_left else 5, 0),
-            textcoords="offset points",
-            ha="right" if on_the_left else "left",
-            va="center",
-            fontsize=8,
-        )
+        place_text(axes, row, start, end, text, whole)
         start = end
     axes.set_yticks(range(len(parts)), [""] * len(parts))
     for row, part in enumerate(parts):
@@ -246,6 +238,23 @@ def draw(results: Results, figure: Figure) -> None:
     axes.grid(axis="y", visible=False)
     axes.set_title(f"One token after {point['context']:,} others, {results['model']} in {results['dtype']}")
     legend_of_kinds(axes)
+
+
+def place_text(axes: Axes, row: int, start: float, end: float, text: str, whole: float) -> None:
+    """In a bar that is long enough, else beside it where there is room."""
+    if end - start > 0.36 * whole:
+        axes.text((start + end) / 2, row, text, ha="center", va="center", fontsize=8, color="white")
+        return
+    on_the_left = start > 0.55 * whole
+    axes.annotate(
+        text,
+        (start if on_the_left else end, row),
+        xytext=(-5 if on_the_left else 5, 0),
+        textcoords="offset points",
+        ha="right" if on_the_left else "left",
+        va="center",
+        fontsize=8,
+    )
 
 
 def name_parts(axes: Axes, row: int, name: str, part: dict[str, Any]) -> None:
@@ -300,23 +309,11 @@ def draw_speeds(axes: Axes, results: Results) -> None:
     speeds = [part["bytes"] / part["seconds"] / 1e9 for part in parts]
     names = [LABELS[part["part"]] for part in parts]
     drawn = axes.barh(names, speeds, color=[KINDS[kind_of(part["part"])] for part in parts], height=0.65)
-    axes.bar_label(drawn, [number(speed) for speed in speeds], padding=4, fontsize=8.5)
+    axes.bar_label(drawn, [number(speed) for speed in speeds], label_type="center", fontsize=8.5, color="white")
     axes.axvline(fastest / 1e9, color=PURPLE, linewidth=1.5)
-    axes.annotate(
-        "the memory's speed",
-        (fastest / 1e9, 1.0),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, -4),
-        textcoords="offset points",
-        rotation=90,
-        ha="left",
-        va="top",
-        fontsize=8,
-        color=PURPLE,
-    )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(*speeds, fastest / 1e9))
-    axes.set_xlabel("GB per second")
+    axes.set_xlabel(f"GB per second (line: the memory's speed, {number(fastest / 1e9)})")
     axes.set_title(f"How fast the parts read, after {point['context']:,} tokens")
     axes.grid(axis="y", visible=False)
 
