@@ -79,6 +79,13 @@ def proxy(folder: Path, *replicas: Replica) -> Iterator[int]:
 
 
 @pytest.fixture
+def whole(run_all: bool) -> None:
+    """Before the servers, so that none is started for a test that is skipped."""
+    if not run_all:
+        pytest.skip("one more pair of servers: with --run-all")
+
+
+@pytest.fixture
 def replicas(tmp_path: Path) -> Iterator[tuple[int, Replica, Replica]]:
     """(the proxy's port, one server, another)"""
     model = make_model(tmp_path / "model", step_s=0.2)
@@ -138,6 +145,7 @@ def test_tokens_come_one_by_one(replicas: tuple[int, Replica, Replica]) -> None:
     assert num_events > 3 and num_reads >= num_events * 2 / 3, (num_events, num_reads)
 
 
+@pytest.mark.usefixtures("whole")
 def test_both_serve_and_a_dead_one_is_left_out(replicas: tuple[int, Replica, Replica]) -> None:
     port, one, other = replicas
     until(lambda: served_by(port) == one.name)
@@ -148,6 +156,7 @@ def test_both_serve_and_a_dead_one_is_left_out(replicas: tuple[int, Replica, Rep
     assert {served_by(port) for _ in range(40)} == {one.name}
 
 
+@pytest.mark.usefixtures("whole")
 def test_one_that_ends_finishes_its_streams_and_gets_no_new_ones(replicas: tuple[int, Replica, Replica]) -> None:
     port, one, other = replicas
     open_streams = [stream(port), stream(port)]  # leastconn: one at each server
