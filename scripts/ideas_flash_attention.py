@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -168,42 +168,53 @@ def core_backends() -> dict[str, str]:
 
 def measure_core(model: str, lengths: Sequence[int], device: str, seed: int, bar: tqdm[Any]) -> list[dict[str, Any]]:
     """Whole prompts, each in one step of the engine's core."""
+    from engine.attention import choose
+
+    choose.BACKENDS.update(core_backends())
+    try:
+        return [
+            record
+            for kind in ("standard", "tiled", "sdpa")
+            for record in measure_backend(kind, model, lengths, device, seed, bar)
+        ]
+    finally:
+        for kind in core_backends():
+            del choose.BACKENDS[kind]
+
+
+def measure_backend(
+    kind: str, model: str, lengths: Sequence[int], device: str, seed: int, bar: tqdm[Any]
+) -> Iterator[dict[str, Any]]:
     import ideas_engine
     import ideas_memory
     import numpy as np
 
-    from engine.attention import choose
     from engine.config import CacheConfig
 
-    choose.BACKENDS.update(core_backends())
-    records = []
-    for kind in ("standard", "tiled", "sdpa"):
-        engine = ideas_engine.load(
-            model,
-            device,
-            cache=CacheConfig(num_kv_blocks=max(lengths) // BLOCK_SIZE + 1),
-            max_num_seqs=4,
-            max_num_batched_tokens=max(lengths),
-            max_model_len=max(lengths) + 1,
-            attention_backend=kind,
-        )
-        for length in lengths:
-            bar.set_postfix_str(f"core, {kind}, {length:,} tokens")
-            record: dict[str, Any] = {"kind": "torch" if kind == "sdpa" else kind, "length": length}
-            timed = ideas_engine.TimedRunner(engine.runner)
-            core = ideas_engine.make_core(engine, runner=timed, enable_prefix_caching=False, pipeline_depth=0)
-            prompt = ideas_engine.random_prompt(np.random.default_rng(seed + length), length, engine.vocab_size)
-            try:
-                used, _ = ideas_memory.usage(functools.partial(prefill, core, prompt), device)
-                record |= asdict(used)
-                record["step_tokens"] = sorted({tuple(step.num_tokens) for step in timed.steps})
-            except ideas_memory.DoesNotFit:
-                record["fits"] = False
-            core.close()
-            records.append(record)
-            bar.update()
-        del engine
-    return records
+    engine = ideas_engine.load(
+        model,
+        device,
+        cache=CacheConfig(num_kv_blocks=max(lengths) // BLOCK_SIZE + 1),
+        max_num_seqs=4,
+        max_num_batched_tokens=max(lengths),
+        max_model_len=max(lengths) + 1,
+        attention_backend=kind,
+    )
+    for length in lengths:
+        bar.set_postfix_str(f"core, {kind}, {length:,} tokens")
+        record: dict[str, Any] = {"kind": "torch" if kind == "sdpa" else kind, "length": length}
+        timed = ideas_engine.TimedRunner(engine.runner)
+        core = ideas_engine.make_core(engine, runner=timed, enable_prefix_caching=False, pipeline_depth=0)
+        prompt = ideas_engine.random_prompt(np.random.default_rng(seed + length), length, engine.vocab_size)
+        try:
+            used, _ = ideas_memory.usage(functools.partial(prefill, core, prompt), device)
+            record |= asdict(used)
+            record["step_tokens"] = sorted({tuple(step.num_tokens) for step in timed.steps})
+        except ideas_memory.DoesNotFit:
+            record["fits"] = False
+        core.close()
+        yield record
+        bar.update()
 
 
 def prefill(core: Any, prompt: list[int]) -> None:
