@@ -14,7 +14,7 @@ _SELF_CGROUP = Path("/proc/self/cgroup")
 def available_bytes(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _SELF_CGROUP) -> int:
     """Bytes that can be taken without swapping, never below zero. Where there are no control groups (macOS) the machine's."""
     left = int(psutil.virtual_memory().available)
-    for folder in _memory_cgroups(cgroup_root, self_cgroup):
+    for folder in cgroups("memory", cgroup_root, self_cgroup):
         limit = _read_int(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _read_int(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None and used is not None:
@@ -24,12 +24,12 @@ def available_bytes(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _SELF_
 
 def total_bytes(cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _SELF_CGROUP) -> int:
     """Bytes that this process could have in all: the machine's, or less where a control group has a limit."""
-    limits = (_read_int(f / "memory.max", f / "memory.limit_in_bytes") for f in _memory_cgroups(cgroup_root, self_cgroup))
+    limits = (_read_int(f / "memory.max", f / "memory.limit_in_bytes") for f in cgroups("memory", cgroup_root, self_cgroup))
     return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
 
-def _memory_cgroups(cgroup_root: Path, self_cgroup: Path) -> Iterator[Path]:
-    """The process's memory cgroup and all above it (a parent's limit binds too), version 2 and version 1.
+def cgroups(controller: str, cgroup_root: Path = _CGROUP_ROOT, self_cgroup: Path = _SELF_CGROUP) -> Iterator[Path]:
+    """The process's cgroup of a controller and all above it (a parent's limit binds too), version 2 and version 1.
 
     Inside a container the path may name a place outside its view; the walk then still ends at the visible root.
     """
@@ -39,9 +39,9 @@ def _memory_cgroups(cgroup_root: Path, self_cgroup: Path) -> Iterator[Path]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = cgroup_root / "memory" if controllers else cgroup_root
+        root = cgroup_root / controller if controllers else cgroup_root
         folder = root / path.lstrip("/")
         while folder != root and root in folder.parents:
             yield folder

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -147,22 +147,10 @@ def read_cores(num_threads: int | None) -> Cores:
 
 def cpu_quota(root: Path = _CGROUPS, of: Path = Path("/proc/self/cgroup")) -> float | None:
     """Cores' worth of time that the process's control groups allow, the tightest of them; None where none limits it."""
-    quotas = [quota for folder in _cpu_cgroups(root, of) if (quota := _quota(folder)) is not None]
+    from engine.host_memory import cgroups
+
+    quotas = [quota for folder in cgroups("cpu", root, of) if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
-
-
-def _cpu_cgroups(root: Path, of: Path) -> Iterator[Path]:
-    try:
-        lines = of.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / "cpu" if controllers else root
-        folder = top / path.lstrip("/")
-        yield from (each for each in (folder, *folder.parents) if each == top or top in each.parents)
 
 
 def _quota(folder: Path) -> float | None:
