@@ -29,6 +29,7 @@ from engine.messages import (
     Refused,
     RequestOutput,
     ResetPrefixCache,
+    SetLogLevel,
     Shutdown,
     StepOutputs,
 )
@@ -76,6 +77,7 @@ class EngineClient:
         self._lives = Lives()
         self._restart: asyncio.Task[None] | None = None
         self._load_failure: OctavoError | None = None
+        self._log_level: str | None = None
         self._start_s = 0.0  # of the present engine, as far as it knows
         self._earlier_stats = EngineStats()
         self.state: State = "starting"
@@ -108,6 +110,8 @@ class EngineClient:
         self._connection = EngineConnection(
             self._supervisor.address, self._client_id, self._dispatch, self._deliver, self._reading_failed
         )
+        if self._log_level is not None:  # which may have been set since this engine was told how to log
+            self._send(SetLogLevel(self._log_level))
 
     async def wait_until_ready(self) -> EngineReady:
         """Wait for the engine. Raises what kept it from starting."""
@@ -144,6 +148,13 @@ class EngineClient:
         if self.state != "ready":
             raise self._unavailable()
         self._send(ResetPrefixCache())
+
+    def set_log_level(self, level: str) -> None:
+        """What the engine logs from now on, and every engine after it. level: a name of logging's, in small letters."""
+        self._log_level = level
+        self._supervisor.log_at(level)
+        if self.state in ("starting", "ready", "recovering"):  # otherwise nobody listens any more
+            self._send(SetLogLevel(level))
 
     async def generate(
         self,

@@ -1,7 +1,7 @@
 """What crosses the border between frontend and engine process: msgpack structs over ZMQ, nothing else.
 
-Frontend -> engine: Hello, AddRequest, Abort, ResetPrefixCache, Shutdown.  Engine -> frontend: LoadProgress, EngineReady,
-EngineFailed, Accepted, Refused, StepOutputs.  The first message about a request is Accepted or Refused.
+Frontend -> engine: Hello, AddRequest, Abort, ResetPrefixCache, SetLogLevel, Shutdown.  Engine -> frontend: LoadProgress,
+EngineReady, EngineFailed, Accepted, Refused, StepOutputs.  The first message about a request is Accepted or Refused.
 """
 
 from __future__ import annotations
@@ -109,6 +109,12 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 class ResetPrefixCache(msgspec.Struct, tag=True, frozen=True):
     """Forget what the pages hold: no later request finds its prefix until it is computed again. Pages in use stay in use."""
+
+
+class SetLogLevel(msgspec.Struct, tag=True, frozen=True):
+    """Log what is at least of this level, a name of logging's in small letters."""
+
+    level: str
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):
@@ -271,5 +277,5 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     stats: EngineStats | None = None
 
 
-FrontendMessage = Hello | AddRequest | Abort | ResetPrefixCache | Shutdown
+FrontendMessage = Hello | AddRequest | Abort | ResetPrefixCache | SetLogLevel | Shutdown
 EngineMessage = LoadProgress | EngineReady | EngineFailed | Accepted | Refused | StepOutputs

@@ -46,6 +46,7 @@ from engine.messages import (
     Refused,
     RequestOutput,
     ResetPrefixCache,
+    SetLogLevel,
     Shutdown,
     StepOutputs,
 )
@@ -174,6 +175,8 @@ class EngineLoop:
                 self._stats_sent_s = 0.0  # what it held is free: say so with the next message
             case ResetPrefixCache():
                 self._core.reset_prefix_cache()
+            case SetLogLevel():
+                _log_at(message)
             case Shutdown():
                 self._stopping = True
             case Hello():
@@ -223,6 +226,10 @@ class EngineLoop:
         return by_frontend
 
 
+def _log_at(message: SetLogLevel) -> None:
+    logging.getLogger().setLevel(message.level.upper())
+
+
 def end_with_parent(stdin: int) -> None:
     """End this process as soon as the parent's end of stdin (a descriptor) closes, also in the middle of a load.
 
@@ -264,7 +271,9 @@ def run(build_engine: BuildEngine) -> int:
     crash_point = None if launch.crash_point is None else ArmedCrashPoint(launch.crash_point, launch.epoch)
     socket = FrontendSocket(launch.address)
     while not socket.frontends:
-        socket.receive(IDLE_POLL_MS)
+        for message in socket.receive(IDLE_POLL_MS):
+            if isinstance(message, SetLogLevel):  # what else may come so early, Shutdown, comes with a kill
+                _log_at(message)
 
     def report(phase: str, detail: str, fraction: float | None) -> None:
         socket.broadcast(LoadProgress(phase, detail, fraction))

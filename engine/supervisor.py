@@ -148,6 +148,10 @@ class Supervisor:
         self._relay = asyncio.create_task(LogRelay("engine").run(reader))
         return os.fdopen(write_end, "wb", 0)
 
+    def log_at(self, level: str) -> None:
+        """The level that engines started from now on log at."""
+        self._log = msgspec.structs.replace(self._log, level=level)
+
     def flight(self) -> Flight | None:
         """What the engine's recorder says now; None before the first start."""
         return self._flight.read() if self._flight else None

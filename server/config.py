@@ -81,6 +81,11 @@ def _setting(default: Any, group: str, description: str, **extra: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group, **extra}, **bounds)
 
 
+def engine_log_level(level: str) -> str:
+    """The engine process has nothing to say at debug, but its libraries have much."""
+    return "info" if level == "debug" else level
+
+
 class ServerConfig(BaseModel):
     """Every setting of `octavo serve`. `None` leaves the decision to the engine at load."""
 
@@ -273,8 +278,8 @@ class ServerConfig(BaseModel):
         return read_keys(self.api_key, self.api_key_file)
 
     def log_config(self) -> LogConfig:
-        """How the engine process logs. It has nothing to say at debug, but its libraries have much."""
-        return LogConfig("info" if self.log_level == "debug" else self.log_level, self.log_format)
+        """How the engine process logs."""
+        return LogConfig(engine_log_level(self.log_level), self.log_format)
 
     def recovery_config(self) -> RecoveryConfig:
         """What the engine's parent goes by. Raises ConfigError where a value is out of range."""

@@ -8,6 +8,7 @@ fails_again, that every engine but the first fails to load.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
@@ -23,15 +24,18 @@ from engine.scheduler import Scheduler
 from engine.step import SchedulerOutput
 from tests.fake_runner import VOCAB_SIZE, FakeRunner, group
 
+logger = logging.getLogger("tests.fake_engine")
+
 BLOCK_SIZE, NUM_BLOCKS, MAX_NUM_SEQS, MAX_BATCHED, CONTEXT = 4, 400, 16, 64, 400
 
 
 class PacedRunner(FakeRunner):
-    """Takes `step_s` for every step."""
+    """Takes `step_s` for every step, and says at debug that it does one."""
 
     step_s = 0.0
 
     def launch(self, step: SchedulerOutput) -> None:
+        logger.debug("a step")
         time.sleep(self.step_s)
         super().launch(step)
 

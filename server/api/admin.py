@@ -14,6 +14,7 @@ from starlette.responses import Response
 from engine.errors import EngineUnavailable
 from server.access import API_KEY
 from server.api.body import RequestBody, read_json_object, validate
+from server.config import engine_log_level
 from server.errors import Forbidden
 from server.keys import ADMIN, ApiKey
 from server.state import ServerState
@@ -54,10 +55,11 @@ def router(state: ServerState, on_drain: Callable[[], None] | None) -> APIRouter
 
     @routes.post("/admin/log_level")
     async def set_log_level(request: Request) -> Response:
-        """From now on log what is at least of this level, in the frontend."""
+        """From now on log what is at least of this level; the engine's own process does too."""
         key = _check(request)
         body, headers = validate(LogLevelRequest, await read_json_object(request), strict=state.config.strict)
         logging.getLogger().setLevel(body.level.upper())
+        state.client.set_log_level(engine_log_level(body.level))
         logger.info("log level %s, asked for by key %s", body.level, key.id)
         return _done(body.level, headers=headers)
 

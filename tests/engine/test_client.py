@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from tokenizers import decoders, models
 from engine.client import EngineClient
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError
+from engine.logs import LogConfig
 from engine.messages import (
     Accepted,
     AddRequest,
@@ -237,5 +239,40 @@ def test_an_engine_that_has_too_much_to_take_over_is_asked_again(model_dir: Path
         with pytest.raises(InvalidRequest, match="never"):
             await anext(stream)
         await supervisor.stop()
+
+    asyncio.run(scenario())
+
+
+def test_the_log_level_reaches_the_engine_and_those_after_it(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "tests.fake_engine")
+
+    async def says_that_it_steps(client: EngineClient) -> bool:
+        await asyncio.sleep(0.3)  # what was said before comes through a pipe
+        caplog.clear()
+        await collect(await client.generate([7, 8], SamplingParams(max_tokens=3)))
+        await asyncio.sleep(0.3)
+        return any(record.name == "tests.fake_engine" for record in caplog.records)
+
+    async def scenario() -> None:
+        supervisor = Supervisor(
+            EngineConfig(model=ModelConfig(model=str(model_dir))), command=COMMAND, log=LogConfig("info", "json")
+        )
+        client = EngineClient(supervisor)
+        await client.start()
+        try:
+            await client.wait_until_ready()
+            assert not await says_that_it_steps(client)
+            client.set_log_level("debug")
+            assert await says_that_it_steps(client)
+            for level, says in (("debug", True), ("info", False)):
+                assert supervisor.pid is not None
+                os.kill(supervisor.pid, signal.SIGKILL)
+                await until(lambda: client.state == "recovering")
+                client.set_log_level(level)  # there is no engine that could be told
+                await client.wait_until_ready()
+                assert await says_that_it_steps(client) == says
+        finally:
+            await client.stop()
+        client.set_log_level("info")  # when all is over: nothing to do
 
     asyncio.run(scenario())

@@ -130,6 +130,7 @@ class FakeEngineClient:
         self.deadlines: list[tuple[float | None, float | None]] = []
         self.options: list[dict[str, object]] = []
         self.embedded: list[tuple[list[int], dict[str, object]]] = []
+        self.log_levels: list[str] = []
         self.ready: EngineReady | None = EngineReady(
             model_dir="/nowhere",
             architecture="FakeForCausalLM",
@@ -150,6 +151,9 @@ class FakeEngineClient:
             load_seconds={},
             notes=[],
         )
+
+    def set_log_level(self, level: str) -> None:
+        self.log_levels.append(level)
 
     async def generate(
         self,

@@ -73,6 +73,7 @@ def test_the_log_level_is_set() -> None:
     for body in ({}, {"level": "loud"}, {"level": 10}, []):
         error_of(post(client, "/admin/log_level", body), 400)
     assert logging.getLogger().level == logging.INFO
+    assert client.log_levels == ["info", "warning", "info"], "at debug the engine's libraries would say too much"
 
 
 def test_admin_routes_are_posted_to(api: Api) -> None:
