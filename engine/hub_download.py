@@ -139,7 +139,9 @@ class Download:
 
     def missing_bytes(self, files: Sequence[HubFile]) -> int:
         """Bytes that have to be fetched yet to have them all."""
-        return sum(file.size - self._partial_bytes(file) for file in files if not self._has_blob(file))
+        # Where the file system has no links, a file of the snapshot is its own blob.
+        absent = [file for file in files if not (self._has_blob(file) or self.is_here(file))]
+        return sum(file.size - self._partial_bytes(file) for file in absent)
 
     def fetch(self, files: Sequence[HubFile]) -> None:
         """Fetch what is not here yet, several files at once. Raises what kept one of them from coming; its part stays."""
@@ -197,6 +199,7 @@ class Download:
         """Append the rest of the file, in as many answers as it takes."""
         retries = Retries(self._wait)
         digest, offset = self._begun(partial, file)
+        furthest = offset  # what a server without ranges sends again is no success
         is_second = False
         while True:
             try:
@@ -208,7 +211,9 @@ class Download:
                         digest.update(chunk)
                         offset += len(chunk)
                         self._progress.add(len(chunk))
-                        retries.succeeded()
+                        if offset > furthest:
+                            furthest = offset
+                            retries.succeeded()
                 if offset < file.size:
                     raise ShortAnswer(f"an answer ended after {offset:,} of {file.size:,} bytes of {file.name}")
             except Exception as error:
@@ -217,6 +222,7 @@ class Download:
             if offset == file.size and digest.hexdigest() == file.blob:
                 return
             digest, offset = self._restart(out, file, offset)
+            furthest = 0
             if is_second:
                 raise ModelLoadError(
                     f"{file.name} of {self._name} came twice with other bytes than the Hub lists: start again, and look for a "

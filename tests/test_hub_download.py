@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.hub_download import MAX_FAILURES, Download, HubFile
 from tests.hub_harness import Place, Resolved, new_place
 
 NAME = "someone/model"
@@ -146,6 +147,21 @@ def test_a_server_without_ranges_sends_it_all_again(place: Place) -> None:
     place.hub.trouble("model.safetensors", 1, cut_after=HALF)
     check_whole(place, place.resolve(NAME))
     assert [each.status for each in place.hub.fetched("model.safetensors")] == [200, 200]
+
+
+def test_a_server_without_ranges_that_always_cuts_is_given_up(place: Place) -> None:
+    place.hub.ignores_ranges = True
+    place.hub.trouble("model.safetensors", cut_after=HALF)
+    assert "was cut" in place.refused(NAME)
+    assert len(place.hub.fetched("model.safetensors")) == MAX_FAILURES
+
+
+def test_what_is_here_without_links_is_not_missing(tmp_path: Path) -> None:
+    download = Download(NAME, tmp_path / "models--someone--model", "c0ffee", lambda *_: None)
+    download.snapshot.mkdir(parents=True)
+    (download.snapshot / "here").write_bytes(bytes(10))
+    files = [HubFile(name, 10, name * 8, is_large=False) for name in ("here", "away")]
+    assert download.missing_bytes(files) == 10
 
 
 def test_two_processes_fetch_a_file_once(place: Place) -> None:
