@@ -105,7 +105,7 @@ def test_a_server_in_a_container(config: Resolver, files: Sequence[str]) -> None
         environ = {name: given.get(name) if value is None else value for name, value in server["environment"].items()}
         assert (environ["HF_TOKEN"], environ["HF_HUB_OFFLINE"]) == ("token", "1")
         settings = load_config([], {**environ, "OCTAVO_DEVICE": "cpu"})
-        assert (settings.model, settings.port) == ("some/model", 8000)
+        assert (settings.model, settings.host, settings.port) == ("some/model", "0.0.0.0", 8000)
         # Docker kills after the grace period, which the server, once its open work is done or ended, needs a little of too.
         open_work_s = settings.drain_delay_s + settings.shutdown_timeout_s
         assert seconds(server["stop_grace_period"]) >= open_work_s + 15

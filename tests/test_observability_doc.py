@@ -9,6 +9,7 @@ import pytest
 
 from engine.sampling_params import SamplingParams
 from server.config import ServerConfig
+from server.metrics import _SHED_REASONS
 from server.request_log import QUIET_PATHS
 from server.request_record import MAX_PHASES, Event, Phases, RequestRecord
 from server.tracing import CLOSE_TIMEOUT_S, _http_attributes, _operation_attributes, _usage_attributes
@@ -52,6 +53,11 @@ def record() -> RequestRecord:
         phases=[Phases(0.1, 0.1, 1.0, 2.0)],
         events=[Event("engine_died", 1.0), Event("replay", 2.0)],
     )
+
+
+def test_every_reason_of_a_refusal_is_named() -> None:
+    answer = TEXT.partition("**Why is it refusing?**")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([a-z_]+)`", answer)) == set(_SHED_REASONS)
 
 
 def test_the_fields_of_the_log(record: RequestRecord) -> None:
