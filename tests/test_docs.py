@@ -14,6 +14,7 @@ from server.config_sources import shipped_defaults
 from server.errors import _HTTP_MESSAGES, _TABLE
 from server.flags import GROUPS, default_of, flag_name, group_of
 from server.limits import _REFUSALS
+from server.sse import PING_INTERVAL_S
 from tests.user_messages import logged_troubles, startup_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +102,15 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page.read_text(encoding="utf-8")))
     assert {name for name in named - others if name[2:].replace("-", "_") not in FIELDS} == set()
+
+
+def test_how_long_a_stream_may_be_silent() -> None:
+    """One that was heard just after a look is found quiet by the look after the next."""
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in DOCS}
+    most_s = 2 * PING_INTERVAL_S
+    assert f"After {PING_INTERVAL_S} to {most_s} quiet seconds, and every {PING_INTERVAL_S} s then" in pages["api"]
+    assert re.search(r"never\s+silent for more than ten seconds", pages["deploy"]) and most_s == 10
+    assert f"read timeout above {most_s} s" in pages["troubleshooting"]
 
 
 def test_metrics_that_show_a_symptom_exist() -> None:
