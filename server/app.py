@@ -29,6 +29,7 @@ from server.api.body import IGNORED_FIELDS_HEADER, BodyLimits
 from server.config import ServerConfig
 from server.drain import Drain
 from server.drain_gate import DrainGate
+from server.file_limit import METRICS_CONNECTIONS, possible_connections
 from server.keys import KeyRing
 from server.limits import limited_protocol
 from server.metrics import Metrics
@@ -177,8 +178,9 @@ def create_server(
     """The application behind uvicorn: `serve` with a listening socket, and set `should_exit` for an orderly end.
 
     drain: see create_app. on_drain: called for /admin/drain, any number of times. Raises ConfigError where keys, TLS or
-    --metrics-port are no good.
+    --metrics-port are no good, or --max-connections more than this process may open.
     """
+    max_connections = possible_connections(config.max_connections, config.max_open_requests)
     keys = config.read_keys()
     for note in (*keys.notes, *_exposure(config, keys)):
         logger.warning("%s", note)
@@ -186,11 +188,11 @@ def create_server(
     app = create_app(client, config, keys=keys, drain=drain, on_drain=on_drain, tracer=tracing)
     on_end = tracing.close if tracing else None
     if config.metrics_port is None:
-        return _Server(_uvicorn_config(app, config), on_end)
+        return _Server(_uvicorn_config(app, config, max_connections), on_end)
     sock = listen_for_metrics(config.host, config.metrics_port)
     logger.info("metrics are at port %d, without a key", sock.getsockname()[1])
-    metrics = _Server(_uvicorn_config(create_metrics_app(app.state.metrics), config))
-    return _ServerWithMetrics(_uvicorn_config(app, config), metrics, sock, on_end)
+    metrics = _Server(_uvicorn_config(create_metrics_app(app.state.metrics), config, METRICS_CONNECTIONS))
+    return _ServerWithMetrics(_uvicorn_config(app, config, max_connections), metrics, sock, on_end)
 
 
 def _start_tracing(config: ServerConfig) -> Tracing | None:
@@ -207,7 +209,7 @@ def _start_tracing(config: ServerConfig) -> Tracing | None:
     return tracing
 
 
-def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
+def _uvicorn_config(app: ASGIApp, config: ServerConfig, max_connections: int) -> uvicorn.Config:
     cert, key = config.tls_cert, config.tls_key
     return uvicorn.Config(
         app,
@@ -215,6 +217,7 @@ def _uvicorn_config(app: ASGIApp, config: ServerConfig) -> uvicorn.Config:
             read_timeout_s=config.read_timeout_s,
             write_timeout_s=config.write_timeout_s,
             max_body_bytes=config.max_body_bytes,
+            max_connections=max_connections,
         ),
         ssl_context_factory=None if cert is None else lambda *_: tls_context(cert, key),
         ws="none",

@@ -127,6 +127,14 @@ class ServerConfig(BaseModel):
     port: Count = _setting(8000, "server", "port to listen on; 0 lets the system choose", ge=0, le=65535)
     strict: bool = _setting(False, "server", "refuse request fields nobody knows, instead of naming them in a response header")
     max_open_requests: Count = _setting(4096, "limits", "more at once get a 429; 0 is no limit", ge=0, le=2**31 - 1)
+    max_connections: Count | None = _setting(
+        None,
+        "limits",
+        "more at once, idle ones too, get a 503 before anything is read",
+        shown="four times --max-open-requests, as far as the limit of open files allows",
+        ge=1,
+        le=2**31 - 1,
+    )
     max_wait_s: Number | None = _setting(
         None,
         "limits",

@@ -2,7 +2,7 @@
 
 The parser collects a header, a trailer or a chunk's extension until it is whole, and waits for the rest of a message forever;
 here neither goes on without end, nor does waiting for a client that takes in nothing of its answer. What is refused below the
-application is told in OpenAI's shape too, and ends the connection.
+application is told in OpenAI's shape too, and ends the connection. So is a connection too many, of which nothing is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.connections import ConnectionBound, Place
 from server.errors import error_body
 from server.stall_watch import StallWatch
 
@@ -34,6 +35,7 @@ _REFUSALS = {
     413: ("The body is more than this server reads.", "body_too_large"),
     414: (f"The URL is longer than {MAX_URL_BYTES:,} bytes.", "url_too_long"),
     431: (f"The headers are more than {MAX_HEADERS}, or longer than {MAX_HEADER_BYTES:,} bytes in all.", "headers_too_large"),
+    503: ("This server has as many connections as it takes.", "too_many_connections"),
 }
 
 
@@ -44,11 +46,21 @@ class _Refused(Exception):
 class LimitedProtocol(HttpToolsProtocol):
     """read_timeout_s: from a message's first byte (or the connection's begin) to its last header, and then, with a second more
     for every MIN_BODY_BYTES_PER_S of its body, to its end. Time in which the server itself does not read is not counted.
-    write_timeout_s: for which a client may take in nothing of an answer.
+    write_timeout_s: for which a client may take in nothing of an answer. bound: of the connections; one for all of them.
     """
 
-    def __init__(self, *args: Any, read_timeout_s: float, write_timeout_s: float, max_body_bytes: int, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        read_timeout_s: float,
+        write_timeout_s: float,
+        max_body_bytes: int,
+        bound: ConnectionBound,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
+        self._bound = bound
+        self._place: Place | None = None
         self._read_timeout_s = read_timeout_s
         self._write_timeout_s = write_timeout_s
         self._max_discarded_bytes = DISCARDED_BODIES * max_body_bytes
@@ -65,11 +77,20 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._stall_watch = StallWatch(transport, self._write_timeout_s, self._is_answering)
-        self._wait()
+        self._place = self._bound.enter()
+        if self._place == "served":
+            self._wait()
+        elif self._place == "refused":
+            self._refuse(503)
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         self._stall_watch.stop()
+        if self._place is not None:
+            self._bound.leave(self._place)
+            self._place = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -173,7 +194,8 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         message, code = _REFUSALS[status]
-        self.transport.write(_refusal(status, error_body(message, "invalid_request_error", code=code)))
+        kind = "service_unavailable_error" if status == 503 else "invalid_request_error"
+        self.transport.write(_refusal(status, error_body(message, kind, code=code)))
         if cycle is not None:
             cycle.disconnected = True
             cycle.waiting_for_100_continue = False
@@ -187,11 +209,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
 def _refusal(status: int, body: bytes) -> bytes:
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head += "Retry-After: 1\r\n" if status == 503 else ""
     return head.encode() + b"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n" + body
 
 
-def limited_protocol(*, read_timeout_s: float, write_timeout_s: float, max_body_bytes: int) -> Any:
+def limited_protocol(*, read_timeout_s: float, write_timeout_s: float, max_body_bytes: int, max_connections: int) -> Any:
     """LimitedProtocol for uvicorn, which makes one for every connection."""
     return functools.partial(
-        LimitedProtocol, read_timeout_s=read_timeout_s, write_timeout_s=write_timeout_s, max_body_bytes=max_body_bytes
+        LimitedProtocol,
+        read_timeout_s=read_timeout_s,
+        write_timeout_s=write_timeout_s,
+        max_body_bytes=max_body_bytes,
+        bound=ConnectionBound(max_connections),
     )

@@ -27,7 +27,7 @@ from engine.messages import EngineReady
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
 from server.drain import Drain
-from server.file_limit import raise_file_limit, wanted_files
+from server.file_limit import OWN_FILES, possible_connections, raise_file_limit, wanted_connections
 from server.load_log import LoadLog
 from server.logs import set_up_logging
 
@@ -50,7 +50,8 @@ def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         with listen(config.host, config.port) as sock:
             setproctitle.setproctitle("octavo: frontend")
-            raise_file_limit(wanted_files(config.max_open_requests))
+            raise_file_limit(wanted_connections(config.max_connections, config.max_open_requests) + OWN_FILES)
+            possible_connections(config.max_connections, config.max_open_requests)  # before anything is loaded
             return uvloop.run(_Service(config, sock, chat_template).run())
     except OctavoError as error:
         if config.log_format == "json":

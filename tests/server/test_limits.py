@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from server import limits
+from server import connections, limits
 from tests.server.fake_client import FakeEngineClient
 from tests.server.served import LIMIT_S, ask, served, talk
 
@@ -174,3 +177,70 @@ def test_a_kept_connection_may_be_used_again() -> None:
             assert answers.count(b"HTTP/1.1 200 OK") == 3
 
     run(scenario())
+
+
+def test_one_connection_too_many_is_told_so_at_once_and_the_others_are_served(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with served(max_connections=2) as (_, port):
+            idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            for _ in range(2):
+                answer = await ask(port)  # without a byte of a request
+                assert (answer.status, answer.error["code"]) == (503, "too_many_connections")
+                assert answer.headers["connection"] == "close" and answer.headers["retry-after"] == "1"
+            assert (await ask(port, post())).status == 503
+            for reader, writer in idle:  # those that were there are as they were
+                writer.write(post())
+                assert b"200 OK" in await asyncio.wait_for(reader.read(), LIMIT_S)
+                writer.close()
+            assert (await ask(port, post())).status == 200
+
+    run(scenario())
+    warnings = [record.getMessage() for record in caplog.records if "--max-connections" in record.getMessage()]
+    assert warnings == ["2 connections are open: more are refused (--max-connections)"]
+
+
+def test_many_connections_too_many_are_closed_without_a_word() -> None:
+    async def scenario() -> None:
+        async with served(max_connections=1) as (server, port):
+            pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(connections.MOST_REFUSED + 20)]
+            others = [await asyncio.wait_for(_rest(reader), LIMIT_S) for reader, _ in pairs[1:]]
+            told = [text for text in others if text]
+            assert 0 < len(told) < len(others) and all(text.startswith(b"HTTP/1.1 503 ") for text in told)
+            for _, writer in pairs:
+                writer.close()
+            while server.server_state.connections:
+                await asyncio.sleep(0.01)
+            assert (await ask(port, post())).status == 200  # all places are free again
+
+    run(scenario())
+
+
+async def _rest(reader: asyncio.StreamReader) -> bytes:
+    with contextlib.suppress(ConnectionResetError):
+        return await reader.read()
+    return b""
+
+
+def test_places_are_given_back() -> None:
+    bound = connections.ConnectionBound(2)
+    places = [bound.enter() for _ in range(2 + connections.MOST_REFUSED + 1)]
+    assert places == ["served"] * 2 + ["refused"] * connections.MOST_REFUSED + ["dropped"]
+    bound.leave("refused")
+    assert bound.enter() == "refused" and bound.enter() == "dropped"
+    bound.leave("served")
+    assert bound.enter() == "served" and bound.enter() == "dropped"
+
+
+def test_the_bound_is_what_the_system_allows() -> None:
+    code = (
+        "import resource; from server.file_limit import *; from engine.errors import ConfigError\n"
+        "for most in (60, 1000, 4000):\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (most, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "    print(possible_connections(None, 4096), possible_connections(None, 5), possible_connections(20, 4096))\n"
+        "    try: print(possible_connections(800, 4096))\n"
+        "    except ConfigError as error: print(error.message)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    small, refused, middle, refused_too, large, given = done.stdout.splitlines()
+    assert (small, middle, large, given) == ("30 20 20", "744 20 20", "3744 20 20", "800")
+    assert "800 connections need 1056 open files, and this process may have 60" in refused and "1000" in refused_too

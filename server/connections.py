@@ -1,0 +1,46 @@
+"""ConnectionBound: how many connections a server has open at once. Each is a file, and the server needs some for itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Literal
+
+logger = logging.getLogger("octavo.server")
+
+MOST_REFUSED = 32
+WARN_INTERVAL_S = 60.0
+
+Place = Literal["served", "refused", "dropped"]
+
+
+class ConnectionBound:
+    """most: connections that are served at once. Of those beyond, MOST_REFUSED at a time are told so, and others not even that,
+    so that they are always few however many come. Connections of TLS count from the end of their handshake.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._num: dict[Place, int] = {"served": 0, "refused": 0, "dropped": 0}
+        self._warned_s = float("-inf")
+
+    def enter(self) -> Place:
+        """What becomes of a new connection; `leave` is called with it when the connection has ended."""
+        place: Place = "dropped"
+        if self._num["served"] < self.most:
+            place = "served"
+        elif self._num["refused"] < MOST_REFUSED:
+            place = "refused"
+        self._num[place] += 1
+        if place != "served":
+            self._warn()
+        return place
+
+    def leave(self, place: Place) -> None:
+        self._num[place] -= 1
+
+    def _warn(self) -> None:
+        now = time.monotonic()
+        if now - self._warned_s >= WARN_INTERVAL_S:
+            self._warned_s = now
+            logger.warning("%d connections are open: more are refused (--max-connections)", self.most)
