@@ -139,7 +139,7 @@ class _Answer:
         prompts = _prompts(body, tokens, tokenizer, ready)
         answer = cls(body, model, tokenizer, prompts)
         start = Generation.start(state, answer._id, prompts, body, arrival)
-        answer.generation = await unless_disconnected(request.receive, start)
+        answer.generation = await unless_disconnected(request.receive, start, release=Generation.close)
         return answer
 
     async def whole(self) -> bytes:

@@ -159,7 +159,7 @@ class Reply:
             body = body.model_copy(update={"skip_special_tokens": False})
         reply = cls(conversation, formats, token_ids, sampling, is_open=is_open)
         start = Generation.start(state, request_id, [Prompt(token_ids, None, sampling)], body, arrival)
-        reply.generation = await unless_disconnected(receive, start)
+        reply.generation = await unless_disconnected(receive, start, release=Generation.close)
         if formats.reasoning is not None:
             reply.generation.count_reasoning(0)
         return reply
