@@ -23,6 +23,7 @@ from engine.client import EngineClient
 from server.app import create_app
 from server.config import ServerConfig
 from server.errors import _TABLE, status_and_type
+from server.limits import _REFUSALS
 from server.parsers.base import FunctionTool
 from server.parsers.hermes import default_tool_block
 from server.parsers.registry import REASONING_FORMATS, TOOL_FORMATS
@@ -369,9 +370,10 @@ def test_errors_and_the_sdk_s_exceptions() -> None:
     told = {}
     for head, rows in tables():
         if head[0] == "status":
-            for status, kind, exception, _ in rows:
-                told[int(status)] = (quoted(kind)[0], quoted(exception)[0])
-    assert {status: kind for status, (kind, _) in told.items() if status != 405} == {status: kind for _, status, kind in _TABLE}
+            for statuses, kind, exception, _ in rows:
+                told |= {int(status): (quoted(kind)[0], quoted(exception)[0]) for status in statuses.split(",")}
+    kinds = dict.fromkeys((405, *_REFUSALS), "invalid_request_error") | {status: kind for _, status, kind in _TABLE}
+    assert {status: kind for status, (kind, _) in told.items()} == kinds
     for status, (_, exception) in told.items():
         transport = httpx.MockTransport(lambda _, status=status: httpx.Response(status, json={"error": {}}))
         client = OpenAI(api_key="x", base_url="http://x", http_client=httpx.Client(transport=transport), max_retries=0)
@@ -386,7 +388,9 @@ def test_every_error_code_is_there() -> None:
     for path in [*(ROOT / "server").rglob("*.py"), *(ROOT / "engine").rglob("*.py")]:
         in_code |= set(re.findall(r'(?:\bcode=|default_code = )"(\w+)"', path.read_text(encoding="utf-8")))
     in_code |= {"not_found", "method_not_allowed", "invalid_request"} & told.keys()
-    assert told.keys() == in_code
+    of_http = {code: status for status, (_, code) in _REFUSALS.items()}
+    assert told.keys() == in_code | of_http.keys()
+    assert of_http.items() <= told.items()
     for error_type, _, _ in _TABLE:
         if error_type.default_code is not None:
             assert told[error_type.default_code] == status_and_type(error_type("x"))[0]
