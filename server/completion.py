@@ -38,7 +38,7 @@ SUMMARIES = {
 _MODELS = {
     "bash": """
 _octavo_model_file() {
-  local hub="${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}" folder names=demo
+  local hub="${HF_HUB_CACHE:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/hub}" folder names=demo
   for folder in "$hub"/models--*/; do
     [ -d "$folder" ] || continue
     folder=${folder%/}
@@ -51,7 +51,7 @@ _octavo_model_file() {
 """,
     "zsh": """
 _octavo_model_file() {
-  local hub=${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub} folder
+  local hub=${HF_HUB_CACHE:-${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}/hub} folder
   local -a names=(demo)
   for folder in $hub/models--*(N/); do
     folder=${${folder:t}#models--}
@@ -64,6 +64,7 @@ _octavo_model_file() {
     "fish": """
 function _octavo_model_file
   set -l hub ~/.cache/huggingface/hub
+  set -q XDG_CACHE_HOME; and set hub $XDG_CACHE_HOME/huggingface/hub
   set -q HF_HOME; and set hub $HF_HOME/hub
   set -q HF_HUB_CACHE; and set hub $HF_HUB_CACHE
   echo demo

@@ -93,7 +93,7 @@ def examine(looks: Sequence[Look]) -> Iterator[Finding]:
 
 def _looks(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[Look], list[Finding]]:
     """What is to be looked at for these flags, and what is wrong with the settings already. Raises ConfigError."""
-    from engine.model_cache import cache_root
+    from engine.model_cache import cache_root, hub_cache
     from server.doctor_model import judge_model, read_model
 
     config, found = _settings(argv, environ)
@@ -106,7 +106,7 @@ def _looks(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[Look],
         Look("system", facts.read_system, checks.judge_system),
         Look("cores", lambda: facts.read_cores(config.num_threads), checks.judge_cores),
         Look("memory", facts.read_memory, checks.judge_memory),
-        _disk_look(cache_root(engine.model), environ, on_gpu=on_gpu, has_own_folder=config.download_dir is not None),
+        _disk_look(cache_root(engine.model), hub_cache(engine.model), environ, on_gpu=on_gpu),
         Look("shared memory", facts.read_shared_memory, checks.judge_shared_memory),
         Look("limits", lambda: facts.read_limits(config.max_open_requests), checks.judge_limits),
         Look("packages", facts.read_packages, checks.judge_packages),
@@ -157,11 +157,10 @@ def _unknown(environ: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(name, nearest(name, names)) for name in facts.unknown_settings(environ, known)]
 
 
-def _disk_look(models: Path, environ: Mapping[str, str], *, on_gpu: bool, has_own_folder: bool) -> Look:
+def _disk_look(models: Path, hub: Path, environ: Mapping[str, str], *, on_gpu: bool) -> Look:
     home = Path.home() / ".cache"
-    hub = Path(environ.get("HF_HUB_CACHE") or Path(environ.get("HF_HOME") or home / "huggingface") / "hub").expanduser()
     folders = [("models", models, "name another folder with --download-dir")]
-    if not has_own_folder:
+    if hub != models:
         folders.append(("downloads of the Hub", hub, "name another folder with HF_HOME or --download-dir"))
     if on_gpu:
         triton = Path(environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")

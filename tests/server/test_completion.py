@@ -119,6 +119,14 @@ def test_what_a_shell_offers(
     assert not not_offered & (found - set(line.split())), sorted(found)
 
 
+def test_the_models_of_a_cache_that_lies_elsewhere(shell: tuple[str, Path, dict[str, str], Path]) -> None:
+    name, script, environ, folder = shell
+    (folder / ".xdg" / "huggingface" / "hub" / "models--else--where").mkdir(parents=True)
+    environ = {**environ, "XDG_CACHE_HOME": str(folder / ".xdg")}
+    del environ["HF_HUB_CACHE"]
+    assert "else/where" in ASK[name](script, "octavo serve ", environ, folder)
+
+
 @pytest.mark.parametrize("name", SHELLS)
 def test_every_flag_is_there_and_octavo_is_not_run_at_tab(name: str) -> None:
     text = completion_script(name)

@@ -274,13 +274,15 @@ def test_the_real_command(tmp_path: Path) -> None:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     command = [sys.executable, str(ROOT / "server" / "cli.py"), "doctor", "./model", "--device", "cpu", "--port", "0", "--json"]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("OCTAVO_")}
-    environ["PYTHONPATH"] = str(ROOT)
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("OCTAVO_", "HF_", "HUGGINGFACE_"))}
+    environ |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "xdg")}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=250, check=False)
     assert done.stderr == ""
     report = json.loads(done.stdout)
     subjects = {each["subject"] for each in report["findings"]}
     assert {"system", "cores", "memory", "disk", "limits", "packages", "torch", "GPU", "environment", "model"} <= subjects
+    disks = " ".join(each["what"] for each in report["findings"] if each["subject"] == "disk")
+    assert f"downloads of the Hub ({tmp_path}/xdg/huggingface/hub)" in disks  # where the server would put them
     (model,) = [each for each in report["findings"] if each["subject"] == "model"]
     assert model["level"] == "problem" and "no *.safetensors weights" in model["what"]
     assert done.returncode == 1
