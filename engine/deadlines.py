@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 from engine.errors import DeadlineExceeded
 from engine.messages import AddRequest
+from engine.request import Request
 
 FIRST_TOKEN, WHOLE = "first_token_timeout", "timeout"
 """The two kinds, by the names of the fields that set them."""
@@ -32,6 +33,15 @@ class Deadlines:
     def add(self, request_id: str, kind: str, at_s: float) -> None:
         heapq.heappush(self._heap, _Deadline(at_s, request_id, kind))
 
+    def add_request(self, choices: Sequence[Request], unfinished: Mapping[str, Sequence[Request]]) -> None:
+        """What the choices of one request say of its time. unfinished: see `take_overdue`."""
+        first = choices[0]
+        if first.deadline_s is not None:
+            self.add(first.request_id, WHOLE, first.deadline_s)
+        if first.first_token_deadline_s is not None and not _has_output(choices):
+            self.add(first.request_id, FIRST_TOKEN, first.first_token_deadline_s)
+        self.forget_ended(unfinished, len(unfinished))
+
     def forget_ended(self, open_ids: Container[str], num_open: int) -> None:
         """Drop the deadlines of requests that are not among `open_ids`, once they are most of them."""
         if len(self._heap) > self.MANY + 4 * num_open:
@@ -47,6 +57,22 @@ class Deadlines:
             _, request_id, kind = heapq.heappop(self._heap)
             passed.append((request_id, kind))
         return passed
+
+    def take_overdue(self, unfinished: Mapping[str, Sequence[Request]]) -> list[tuple[Request, DeadlineExceeded]]:
+        """A choice of each request whose time is up, and why it is to end. unfinished: by request id, the choices that have not
+        ended."""
+        passed = self.take_passed()
+        if not passed:
+            return []
+        late: dict[str, tuple[Request, DeadlineExceeded]] = {}
+        for request_id, kind in passed:
+            choices = unfinished.get(request_id)
+            if not choices or request_id in late or (kind == FIRST_TOKEN and _has_output(choices)):
+                continue
+            num_tokens = sum(choice.num_output_tokens for choice in choices)
+            since = f"{time.monotonic() - choices[0].arrival_time_s:.1f} s in the engine, {num_tokens} tokens"
+            late[request_id] = choices[0], deadline_exceeded(kind, since)
+        return list(late.values())
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -65,3 +91,8 @@ def overdue(message: AddRequest) -> DeadlineExceeded | None:
         if at_s is not None and at_s <= now:
             return deadline_exceeded(kind, "its grammar was still being compiled")
     return None
+
+
+def _has_output(choices: Sequence[Request]) -> bool:
+    """Whether a request, of which these choices have not ended, has had its first token."""
+    return len(choices) < choices[0].sampling.n or any(choice.num_output_tokens for choice in choices)

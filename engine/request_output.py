@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from engine.messages import RequestOutput, TokenLogprobs
+from engine.errors import OctavoError, RequestFailed
+from engine.messages import ErrorInfo, RequestOutput, TokenLogprobs
 from engine.request import FinishReason, Request
 
 
@@ -38,6 +39,25 @@ def make_output(
         embedding=_embedding(request),
         num_preemptions=request.num_preemptions,
     )
+
+
+def make_failure(request: Request, error: OctavoError) -> RequestOutput:
+    """The end of a request, all its choices, with an error."""
+    return RequestOutput(
+        request_id=request.request_id,
+        choice_index=request.choice_index,
+        first_token_index=request.num_output_tokens,
+        finish_reason="error",
+        error=ErrorInfo.of(error),
+    )
+
+
+def bad_numbers(request: Request) -> RequestFailed:
+    """Where the model's numbers for a request went bad."""
+    place = "its prompt" if request.num_output_tokens == 0 else f"output token {request.num_output_tokens}"
+    allowed = "" if request.matcher is None else " for any token that is allowed there"
+    sentence = f"the model gave no usable numbers (NaN or infinity) after {place}{allowed}; only this request is ended"
+    return RequestFailed(sentence, code="bad_numbers")
 
 
 def _embedding(request: Request) -> bytes | None:

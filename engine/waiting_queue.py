@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -53,6 +55,18 @@ class WaitingQueue:
 
     def remove(self, request: Request) -> None:
         self._requests.remove(request)
+
+    def oldest_wait_s(self, begun: Sequence[Request]) -> float:
+        """How long the prompt that came first has been waiting, of those that are begun and the next in the queue."""
+        if not begun and not self._requests:
+            return 0.0  # most steps
+        prompts = [request for request in (*begun, *itertools.islice(self, 1)) if request.num_output_tokens == 0]
+        return time.monotonic() - min(request.arrival_time_s for request in prompts) if prompts else 0.0
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless those in the queue are as it says, and in its order."""
+        assert all(request.status is RequestStatus.WAITING for request in self)
+        assert sorted(self, key=lambda request: request.rank) == list(self), "the queue is out of order"
 
     def __len__(self) -> int:
         return len(self._requests)

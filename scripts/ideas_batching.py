@@ -30,9 +30,10 @@ from ideas import BLUE, COLOURS, GREY, INK, ORANGE, Idea, Plot, Results, Table, 
 from ideas_engine import Answer, InstantRunner, Load, output_tokens, random_prompt
 
 from engine.config import CacheConfig
+from engine.in_flight_step import InFlightStep
 from engine.kv_cache_manager import KVCacheManager
 from engine.request import Request
-from engine.scheduler import Scheduler, _InFlightStep
+from engine.scheduler import Scheduler
 from engine.step import Runner, SchedulerOutput
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class StaticScheduler(WatchedScheduler):
         super().__init__(kv_cache, **settings)
         self._num_joining = 0  # members of the batch that the token budget has not let in yet
 
-    def _admit_waiting(self, flight: _InFlightStep, budget: int) -> None:
+    def _admit_waiting(self, flight: InFlightStep, budget: int) -> None:
         if not self._running:
             self._num_joining = min(len(self._waiting), self.max_num_seqs)
         hidden = self._free_slots[: len(self._free_slots) - self._num_joining]

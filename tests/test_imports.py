@@ -42,6 +42,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "waiting_queue",
         "request_output",
         "deadlines",
+        "siblings",
+        "in_flight_step",
+        "step_too_large",
         "scheduler",
     ),
     "L3": (
@@ -97,6 +100,9 @@ HIDDEN_FROM_L3 = {
     "waiting_queue",
     "request_output",
     "deadlines",
+    "siblings",
+    "in_flight_step",
+    "step_too_large",
     "scheduler",
 }
 SEEN_BY_SERVER = {

@@ -198,3 +198,14 @@ def test_limits_of_ended_requests_do_not_pile_up(clock: Clock) -> None:
     assert deadlines.take_passed() == []
     clock.now += 3600
     assert ("r9999", WHOLE) in deadlines.take_passed()
+
+
+def test_both_times_up_in_the_same_step(clock: Clock) -> None:
+    """The request ends once, with one error."""
+    harness = Harness()
+    harness.add("late", prompt_of(60), first_token_deadline_s=1001.0, deadline_s=1001.5, n=2)
+    harness.step()
+    clock.now = 1002.0
+    (output,) = harness.step()
+    assert output.error is not None and output.error.param == FIRST_TOKEN
+    assert not harness.core.has_work
