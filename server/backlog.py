@@ -22,8 +22,8 @@ from server.pace import AnswerTimes, Burst, OutputLength, Pace, State
 MAX_WAIT_S = 60.0
 """Without a limit of its own, as many tokens may wait as the engine gets through in this time; the longest Retry-After too."""
 
-LEAST_MAX_WAIT_S = 1.0
-ANSWER_SHARE = 1 / 16
+LEAST_MAX_WAIT_S = 1.5
+ANSWER_SHARE = 1 / 4
 """Without a limit of its own, a request may wait for this share of the time that an answer takes here, and at least so long."""
 
 FEW_PROMPTS = 4
@@ -118,6 +118,7 @@ class Backlog:
         self._num_page_tokens = 0
         self._num_step_tokens = 0
         self._num_started_prompt_tokens = 0
+        self._promised_until_s = -math.inf  # when the last of those who were refused is to come again
         self._open = Work(0, 0)
         self._waiting = Work(0, 0)  # without a first output: in the queue, or being begun
         self._running: dict[Ticket, None] = {}  # with a first output
@@ -141,7 +142,7 @@ class Backlog:
         for too_much in (self._too_many_requests(before, added), self._too_many_tokens(before, added), too_long):
             if too_much is not None:
                 self._open, self._waiting = _sum(self._open, added, -1), _sum(self._waiting, added, -1)
-                raise self.overloaded(*too_much)
+                raise self.overloaded(*too_much, num_choices=added.num_choices)
         self._burst.has_entered(self._clock(), self._open.num_choices)
         self._measure()
         return [Ticket(self, work) for work in works]
@@ -168,10 +169,17 @@ class Backlog:
             return max(LEAST_MAX_WAIT_S, ANSWER_SHARE * self._answers.mean_s)
         return self._max_wait_s or math.inf
 
-    def overloaded(self, reason: str, sentence: str) -> Overloaded:
-        """A refusal, counted. sentence: what there is too much of."""
+    def overloaded(self, reason: str, sentence: str, num_choices: int = 1) -> Overloaded:
+        """A refusal, counted. sentence: what there is too much of. num_choices: of what is refused.
+
+        When to come again: once what is here has been taken up, and those refused before who come again too. Told the same
+        second, a whole crowd would be back in it, and most of them refused again.
+        """
         self._observe_shed(reason)
-        seconds = min(max(1, math.ceil(self.wait_s())), int(MAX_WAIT_S))
+        now = self._clock()
+        self._promised_until_s = max(self._promised_until_s, now + self.wait_s()) + num_choices * self._turn_s()
+        self._promised_until_s = min(self._promised_until_s, now + MAX_WAIT_S)
+        seconds = max(1, math.ceil(self._promised_until_s - now))
         return Overloaded(f"{sentence}; try again in {seconds} s.", retry_after_s=seconds)
 
     def _num_waiting(self) -> int:
@@ -203,18 +211,31 @@ class Backlog:
 
     def _slots_free_s(self, num_ahead: int, begun_s: float) -> list[float]:
         """When those who wait will have slots, and who comes after them. begun_s: until the prompts in slots are computed."""
-        now = self._clock()
-        seconds = sum(now - ticket.started_s for ticket in self._running if ticket.started_s is not None)
-        speed = self._answers.tokens_a_second(seconds, sum(ticket.num_later_tokens() for ticket in self._running))
+        speed = self._answer_speed()
         if not speed:
             return [0.0] * (num_ahead + 1)
         lefts_s = sorted(num_tokens / speed for num_tokens in self._tokens_left())
-        usual_s = self._open.num_output_tokens / self._open.num_choices / speed
+        usual_s = self._usual_answer_s()
         num_late = bisect_right(lefts_s, 0.0)  # longer than expected: when they will end nobody knows, hardly all at once
         lefts_s[:num_late] = [usual_s * (index + 1) / num_late for index in range(num_late)]
         lefts_s += [usual_s + begun_s] * self._num_begun()
         lefts_s.sort()
         return [lefts_s[index % len(lefts_s)] + index // len(lefts_s) * usual_s for index in range(num_ahead + 1)]
+
+    def _answer_speed(self) -> float:
+        """Tokens a second of one answer. 0 where there was none yet."""
+        now = self._clock()
+        seconds = sum(now - ticket.started_s for ticket in self._running if ticket.started_s is not None)
+        return self._answers.tokens_a_second(seconds, sum(ticket.num_later_tokens() for ticket in self._running))
+
+    def _usual_answer_s(self) -> float:
+        """What an answer takes of what is open, on the average, from its first token on. 0 where that is not known."""
+        speed = self._answer_speed()
+        return self._open.num_output_tokens / self._open.num_choices / speed if speed and self._open.num_choices else 0.0
+
+    def _turn_s(self) -> float:
+        """Between one free slot and the next, on the average."""
+        return self._usual_answer_s() / max(1, self._num_slots)
 
     def _tokens_left(self) -> Iterator[float]:
         """Of each choice that has begun to answer, by what was expected."""

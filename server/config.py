@@ -139,7 +139,7 @@ class ServerConfig(BaseModel):
         None,
         "limits",
         "who would wait longer for a place in the engine gets a 429, unless it came with a burst; 0 is no limit",
-        shown="a sixteenth of what an answer takes here, and at least 1",
+        shown="a quarter of what an answer takes here, and at least 1.5",
         ge=0,
         le=86400,
     )

@@ -163,7 +163,7 @@ def engine_of(server: Server) -> psutil.Process | None:
 
 @contextmanager
 def serving(folder: Path, *flags: str) -> Iterator[Server]:
-    """`octavo serve` of a tiny model made in `folder`, in float32, ready."""
+    """`octavo serve` of a tiny model made in `folder`, in float32, ready. With any time to wait, as `start_server`."""
     tiny_models.build("llama", folder / "model")
     port, log = free_port(), folder / "log"
     command = [
@@ -176,6 +176,8 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
         "float32",
         "--port",
         str(port),
+        "--max-wait-s",
+        "0",
         *flags,
     ]
     with log.open("wb") as out:

@@ -21,8 +21,6 @@ from engine.sampling_params import SamplingParams
 from server.backlog import Backlog, Ticket
 from tests.server.fake_client import FakeEngineClient
 
-RETRY_S = 1.0
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -43,12 +41,14 @@ class Machine:
 
 @dataclass
 class Request:
-    """knows_length: it ends after max_tokens, and says so. when_over: is told when it was answered, or may try again."""
+    """knows_length: it ends after max_tokens, and says so. when_over: is told when it was answered, or may try again.
+    num_retries: how often it comes again, when it was told to, before it is over."""
 
     prompt_len: int = 128
     output_len: int = 64
     knows_length: bool = True
     when_over: Callable[[float], None] | None = None
+    num_retries: int = 0
     came_s: float = 0.0
     num_prompt_tokens_left: int = 0
     num_output_tokens: int = 0
@@ -138,10 +138,15 @@ class Simulation:
         work = self.backlog.expect(request.prompt_len, request.sampling())
         try:
             (request.ticket,) = self.backlog.enter([work], self._ready)
-        except Overloaded:
+        except Overloaded as refusal:
+            again_s = self.now + refusal.retry_after_s
+            if request.num_retries:
+                request.num_retries -= 1
+                self.come(again_s, request)
+                return
             self.counts.num_refused += 1
             if request.when_over is not None:
-                request.when_over(self.now + RETRY_S)
+                request.when_over(again_s)
             return
         request.came_s = self.now
         request.num_prompt_tokens_left = request.prompt_len

@@ -105,6 +105,38 @@ def test_a_burst_finds_room_whatever_its_size(num_tokens: int) -> None:
         simulation.now += 5.0
 
 
+@pytest.mark.parametrize("num_requests", [16, 32, 64, 128])
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("num_tokens", [8, 64])
+def test_clients_that_begin_within_a_second_are_not_refused(num_requests: int, seconds: float, num_tokens: int) -> None:
+    """A pool of threads takes that long to begin. It comes three times, from the second time on to paces that are known."""
+    draw = random.Random(1)
+    for machine in (CPU, GPU):
+        simulation = Simulation(machine)
+        for _ in range(3):
+            simulation.come_at_random(draw, num_requests / seconds, seconds, lambda: Request(40, num_tokens))
+            assert simulation.run().num_refused == 0
+            simulation.now += 3.0
+
+
+@pytest.mark.parametrize("num_requests", [64, 128, 256])
+@pytest.mark.parametrize("num_tokens", [8, 64])
+def test_nearly_all_of_a_crowd_that_comes_again_when_told_are_answered(num_requests: int, num_tokens: int) -> None:
+    """Clients that come too slowly for a burst, and again twice, as OpenAI's SDKs do. Told the same second all of them, up to
+    40% would be refused three times."""
+    draw = random.Random(1)
+    simulation = Simulation()
+    num_sheds = 0
+    for _ in range(4):
+        num_sheds = len(simulation.sheds)
+        simulation.come_at_random(draw, num_requests / 3.0, 3.0, lambda: Request(40, num_tokens, num_retries=2))
+        counts = simulation.run()
+        simulation.now += 3.0
+    assert counts.num_refused <= 0.02 * num_requests
+    assert counts.num_refused + counts.num_ended == num_requests
+    assert len(simulation.sheds) > num_sheds or num_requests == 64  # some were told to come again
+
+
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("per_slot", [1.0, 1.125, 4.0])
 @pytest.mark.parametrize("share", [0.0, 0.5])
