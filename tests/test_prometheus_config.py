@@ -102,8 +102,9 @@ def test_prometheus_reads_the_server_with_the_key(port: int, tmp_path: Path) -> 
 
 
 @needs["promtool"]
-def test_promtool_finds_nothing_wrong(tmp_path: Path) -> None:
-    config = folder_of_prometheus(tmp_path / "checked", 8000, KEY)
+@pytest.mark.parametrize("as_shipped", [True, False], ids=["as shipped", "as mounted"])
+def test_promtool_finds_nothing_wrong(as_shipped: bool, tmp_path: Path) -> None:
+    config = CONFIGS / "prometheus.yml" if as_shipped else folder_of_prometheus(tmp_path / "checked", 8000, KEY)
     done = subprocess.run(["promtool", "check", "config", str(config)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
