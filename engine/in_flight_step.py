@@ -75,13 +75,14 @@ class InFlightStep:
 
     def take_back(self) -> None:
         """The step did not run: everything as before it, but that its new rows keep their slots and pages. Forks, which the
-        caller has taken out of theirs, wait for their parents again."""
+        caller has taken out of theirs, wait for their parents again, unless they have ended."""
         for fork, child in zip(self.step.forks, self.forked, strict=True):
             child.num_inflight_steps -= 1
             child.num_tokens_ahead -= 1
             child.num_computed_tokens = 0
-            child.status = RequestStatus.PENDING_FORK
-            self.rows[fork.parent_row].pending_forks.append(child)
+            if child.status is not RequestStatus.FINISHED:
+                child.status = RequestStatus.PENDING_FORK
+                self.rows[fork.parent_row].pending_forks.append(child)
         for request, start in zip(self.rows, self.step.start_positions, strict=True):
             request.num_computed_tokens = start
             request.num_inflight_steps -= 1

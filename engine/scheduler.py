@@ -322,11 +322,11 @@ class Scheduler:
         flight = self._in_flight.pop()
         self.kv_cache.zero_again(flight.step.zeroed_blocks)
         for child in flight.forked:
-            self._leave_slot(child)
+            if child.status is _RUNNING:  # else its request has ended, as below
+                self._leave_slot(child)
         flight.take_back()
-        num_tokens = flight.step.total_num_tokens
-        self._counts["computed_tokens"] -= num_tokens
-        self._budget.shrink(num_tokens)
+        self._counts["computed_tokens"] -= flight.step.total_num_tokens
+        self._budget.shrink(flight.step.total_num_tokens)
         self._admits = False
         request, error = self._gave_way.choose(flight, self._running)
         if request is not None and error is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.messages import AddRequest
 from engine.sampling_params import SamplingParams
+from engine.step import ModelRunnerOutput
 from engine.step_budget import StepBudget
 from tests.fake_runner import VOCAB_SIZE
 from tests.scheduler_harness import Harness, expect, prompt_of
@@ -404,3 +405,17 @@ def test_random_lives_end_with_every_page_free_and_the_right_text(
                 assert said == expected[: len(said)]
             else:
                 assert said == expected and harness.finished[name, choice] == "length"
+
+
+def test_a_step_that_does_not_fit_and_whose_parent_of_forks_has_ended():
+    """The step before told, after this one's launch, that the request's numbers are bad: its fork has no slot to leave."""
+    harness = Harness(depth=1, max_num_batched_tokens=16)
+    harness.add("bad", prompt_of(20), n=2, prompt_logprobs=0)
+    scheduler = harness.scheduler
+    begun, forks = scheduler.schedule(), scheduler.schedule()
+    assert begun is not None and forks is not None and len(forks.forks) == 1
+    (output,) = scheduler.update(ModelRunnerOutput(begun.step_id, [], [], {}, bad_rows=[0]))
+    assert output.finish_reason == "error"
+    assert scheduler.roll_back() == []
+    scheduler.check_integrity()
+    assert not scheduler.has_unfinished and scheduler.kv_cache.num_referenced_blocks == 0
