@@ -43,8 +43,8 @@ class Access:
     """Refuses requests without a key of `keys` that is good for their path (no keys: everybody is welcome), and those that a
     browser sends for a page elsewhere, unless that is one of `origins`.
 
-    isolate: prompt pages are shared only among requests of one key id. policies: the Content-Security-Policy of each page. The
-    path compared is the one that routing uses, not a URL put together from headers that the client chooses.
+    isolate: with several key ids prompt pages are shared only among the requests of one. policies: the Content-Security-Policy
+    of each page. The path compared is the one that routing uses, not a URL put together from headers that the client chooses.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Access:
             await send(message)
 
         scope[API_KEY] = key
-        scope[TENANT] = key.id if key and self._isolate else ""
+        scope[TENANT] = key.id if key and self._isolate and self._keys.num_tenants > 1 else ""
         try:
             self._check(scope, headers, key)
         except OctavoError as error:

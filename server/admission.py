@@ -17,6 +17,7 @@ UNCOUNTED_PATHS = frozenset(
         "/version",
         "/admin/drain",
         "/admin/log_level",
+        "/admin/reload_keys",
         "/admin/reset_prefix_cache",
     }
 )

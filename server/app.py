@@ -80,7 +80,7 @@ def create_app(
         health,
     ):  # tried in this order, so the busy ones first
         app.include_router(module.router(state))
-    app.include_router(admin.router(state, on_drain))
+    app.include_router(admin.router(state, keys, on_drain))
     app.state.body_limits = BodyLimits(config.max_body_bytes, config.max_json_depth)
     app.state.metrics = state.metrics
     app.add_middleware(Admission, limit=config.max_open_requests, backlog=state.backlog)
@@ -102,7 +102,7 @@ def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics, 
     app.add_middleware(
         Access,
         keys=keys,
-        isolate=keys.num_tenants > 1 and not config.shared_prefix_cache,
+        isolate=not config.shared_prefix_cache,
         origins=config.cors_origins,
         policies=page_policies(),
         observe=metrics.observe_response,

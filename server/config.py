@@ -281,9 +281,9 @@ class ServerConfig(BaseModel):
             cpu_kernels=self.cpu_kernels,
         )
 
-    def read_keys(self) -> KeyRing:
-        """The API keys. Raises ConfigError."""
-        return read_keys(self.api_key, self.api_key_file)
+    def read_keys(self, *, again: bool = False) -> KeyRing:
+        """The API keys; again: see there. Raises ConfigError."""
+        return read_keys(self.api_key, self.api_key_file, again=again)
 
     def log_config(self) -> LogConfig:
         """How the engine process logs."""

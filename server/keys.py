@@ -43,10 +43,19 @@ class KeyRing:
         # Digests under a secret of this process: they have one length, and tell nothing of the keys where memory leaks.
         self._secret = secrets.token_bytes(32)
         self._keys = [(self._digest(key), known) for key, known in keys]
+        self._tenants = {known.id for _, known in self._keys if known.may(API)}
         self.notes = list(notes)
 
     def __bool__(self) -> bool:
         return bool(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def replace(self, others: KeyRing) -> None:
+        """From now on the keys are those of `others`."""
+        self._secret, self._keys, self.notes = others._secret, others._keys, others.notes
+        self._tenants |= others._tenants
 
     def find(self, given: bytes) -> ApiKey | None:
         """The key that was given. Every key is compared, each in constant time: how long it takes tells nothing."""
@@ -68,15 +77,19 @@ class KeyRing:
 
     @property
     def num_tenants(self) -> int:
-        """How many ids may ask the model something."""
-        return len({known.id for _, known in self._keys if known.may(API)})
+        """How many ids may ask the model something, or once might: what was computed for them may still be found."""
+        return len(self._tenants)
 
     def _digest(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, key=self._secret).digest()
 
 
-def read_keys(given: Sequence[str], file: str | None) -> KeyRing:
-    """The keys of `--api-key` and of `--api-key-file`. Raises ConfigError that names the place, never the key."""
+def read_keys(given: Sequence[str], file: str | None, *, again: bool = False) -> KeyRing:
+    """The keys of `--api-key` and of `--api-key-file`. Raises ConfigError that names the place, never the key.
+
+    again: of a server that runs. Its keys need ids in the file then, for one by a line's number would pass to another key
+    with all that belongs to it when a line goes.
+    """
     entries = [(f"api_key, entry {number}", "api_key", entry) for number, entry in enumerate(given, 1)]
     notes: list[str] = []
     if file is not None:
@@ -88,6 +101,10 @@ def read_keys(given: Sequence[str], file: str | None) -> KeyRing:
         notes += _access_notes(path)
     keys: dict[str, tuple[str, ApiKey]] = {}
     for number, (place, param, entry) in enumerate(entries, 1):
+        if again and param == "api_key_file" and len(entry.split()) == 1:
+            _refuse(
+                place, param, "a key needs an id behind it before the file can be read again, since ids by number would shift"
+            )
         key, known = _parse(entry, f"key{number}", place, param)
         if key in keys:
             _refuse(place, param, f"this is the key of {keys[key][0]} again")

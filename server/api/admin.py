@@ -1,4 +1,4 @@
-"""POST /admin/drain, /admin/reset_prefix_cache and /admin/log_level, for the owner of the server: with a key of scope admin."""
+"""POST /admin/drain, reset_prefix_cache, log_level and reload_keys, for the owner of the server: with a key of scope admin."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import EngineUnavailable
+from engine.errors import ConfigError, EngineUnavailable, InvalidRequest
 from server.access import API_KEY
 from server.api.body import RequestBody, read_json_object, validate
-from server.config import engine_log_level
+from server.config import ServerConfig, engine_log_level
 from server.errors import Forbidden
-from server.keys import ADMIN, ApiKey
+from server.keys import ADMIN, ApiKey, KeyRing
 from server.state import ServerState
 
 logger = logging.getLogger("octavo.server")
@@ -30,8 +30,8 @@ class Done(msgspec.Struct):
     status: str
 
 
-def router(state: ServerState, on_drain: Callable[[], None] | None) -> APIRouter:
-    """on_drain: does what SIGTERM does; None where nobody could."""
+def router(state: ServerState, keys: KeyRing, on_drain: Callable[[], None] | None) -> APIRouter:
+    """keys: those that requests are checked for. on_drain: does what SIGTERM does; None where nobody could."""
     routes = APIRouter(include_in_schema=False)
 
     @routes.post("/admin/drain")
@@ -63,7 +63,31 @@ def router(state: ServerState, on_drain: Callable[[], None] | None) -> APIRouter
         logger.info("log level %s, asked for by key %s", body.level, key.id)
         return _done(body.level, headers=headers)
 
+    @routes.post("/admin/reload_keys")
+    async def reload_keys(request: Request) -> Response:
+        """Read the key file again. Where anything is wrong with it the keys stay as they are. Open requests go on."""
+        key = _check(request)
+        new = _read_again(state.config)
+        keys.replace(new)
+        for note in new.notes:
+            logger.warning("%s", note)
+        logger.info("%d API keys after a reload, asked for by key %s", len(new), key.id)
+        return _done("reloaded")
+
     return routes
+
+
+def _read_again(config: ServerConfig) -> KeyRing:
+    """Raises InvalidRequest: the owner is to hear what is wrong."""
+    if config.api_key_file is None:
+        raise InvalidRequest("This server has no key file to read: it was started without --api-key-file.")
+    try:
+        keys = config.read_keys(again=True)
+    except ConfigError as error:
+        raise InvalidRequest(f"The keys stay as they are: {error.message}.") from None
+    if not keys.has_scope(ADMIN):
+        raise InvalidRequest("The keys stay as they are: without one of scope admin they could not be read again.")
+    return keys
 
 
 def _check(request: Request) -> ApiKey:

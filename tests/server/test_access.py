@@ -25,7 +25,8 @@ ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/responses"), ("GET", "/v1/responses/x"),
     ("POST", "/v1/embeddings"), ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/nothing"), ("OPTIONS", "/v1/models"),
     ("HEAD", "/v1/models"), ("HEAD", "/metrics"), ("GET", "/metrics"), ("POST", "/admin/drain"), ("POST", "/admin/log_level"),
-    ("POST", "/admin/reset_prefix_cache"), ("PUT", "/v1/models"), ("TRACE", "/"), ("PROPFIND", "/health/x"),
+    ("POST", "/admin/reset_prefix_cache"), ("POST", "/admin/reload_keys"), ("PUT", "/v1/models"), ("TRACE", "/"),
+    ("PROPFIND", "/health/x"),
 ]  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def test_no_other_spelling_of_a_path_gets_around_a_scope(disguise: str) -> None:
 
 def test_without_any_key_everybody_is_welcome_but_to_the_admin_routes(api: Api) -> None:
     assert api.get("/v1/models").status_code == api.get("/metrics").status_code == 200
-    for name in ("drain", "reset_prefix_cache", "log_level", ""):
+    for name in ("drain", "reset_prefix_cache", "log_level", "reload_keys", ""):
         assert "--api-key-file" in error_of(api.request("POST", f"/admin/{name}"), 404)["message"]
     api.config = ServerConfig(model="tiny", api_key=["k"])  # no admin among the keys
     assert error_of(api.request("POST", "/admin/drain", headers=bearer("k")), 403)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -64,6 +65,76 @@ def test_the_prefix_cache_is_forgotten() -> None:
     assert post(client, "/admin/reset_prefix_cache").status_code == 503 and client.resets == 1
 
 
+def test_the_key_file_is_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "keys"
+    file.write_text("ann-key ann\nadmin-key ops admin\n")
+    file.chmod(0o600)
+
+    async def scenario() -> None:
+        client = FakeEngineClient()
+        client.gate.clear()
+        async with client.http(ServerConfig(model="tiny", api_key=["flag-key"], api_key_file=str(file))) as http:
+
+            async def ask_with(key: str) -> httpx.Response:
+                body = {"prompt": "a", "cache_salt": "s"}
+                return await http.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {key}"})
+
+            async def reload(admin: str = "admin-key") -> httpx.Response:
+                return await http.post("/admin/reload_keys", headers={"Authorization": f"Bearer {admin}"})
+
+            open_request = asyncio.create_task(ask_with("ann-key"))
+            while not client.streams:
+                await asyncio.sleep(0)
+            assert (await ask_with("bob-key")).status_code == 401
+            for text, reason in (
+                ("bob-key bob\n", "without one of scope admin"),
+                ("bob-key\nadmin-key ops admin\n", "line 1: a key needs an id"),
+                ("", "holds no key"),
+                ("bob-key bob\nadmin-key ops amdin\n", "line 2: a scope must be"),
+            ):
+                file.write_text(text)
+                message = error_of(await reload(), 400)["message"]
+                assert reason in message and "bob-key" not in message
+            file.write_text("bob-key bob\nnew-admin-key ops admin\n")
+            file.chmod(0o644)
+            assert (await reload("ann-key")).status_code == 403
+            assert (await reload()).json() == {"status": "reloaded"}
+            client.gate.set()
+            assert (await open_request).status_code == 200, "a request that is open goes on"
+            assert [(await ask_with(key)).status_code for key in ("ann-key", "bob-key", "flag-key")] == [401, 200, 200]
+            assert (await reload()).status_code == 401 and (await reload("new-admin-key")).status_code == 200
+        assert [options["cache_salt"] for options in client.options] == ["ann/s", "bob/s", "key1/s"]
+
+    asyncio.run(scenario())
+    assert "chmod 600" in caplog.text and "3 API keys after a reload, asked for by key ops" in caplog.text
+    assert "bob-key" not in caplog.text
+    refused = post(FakeEngineClient(), "/admin/reload_keys")
+    assert "--api-key-file" in error_of(refused, 400)["message"]
+
+
+def test_a_second_key_id_that_a_reload_brings_shares_nothing_with_the_first(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("ann-key ann api admin\n")
+
+    async def scenario() -> None:
+        client = FakeEngineClient()
+        async with client.http(ServerConfig(model="tiny", api_key_file=str(file))) as http:
+
+            async def send(path: str, key: str) -> None:
+                response = await http.post(path, json={"prompt": "a"}, headers={"Authorization": f"Bearer {key}"})
+                assert response.status_code == 200
+
+            await send("/v1/completions", "ann-key")
+            file.write_text("bob-key bob\nann-key ann api admin\n")
+            await send("/admin/reload_keys", "ann-key")
+            await send("/v1/completions", "ann-key")
+            await send("/v1/completions", "bob-key")
+        assert [options["cache_salt"] for options in client.options] == ["", "ann/", "bob/"]
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.usefixtures("root_level")
 def test_the_log_level_is_set() -> None:
     client = FakeEngineClient()
@@ -78,7 +149,7 @@ def test_the_log_level_is_set() -> None:
 
 def test_admin_routes_are_posted_to(api: Api) -> None:
     api.config = CONFIG
-    for name in ("drain", "reset_prefix_cache", "log_level"):
+    for name in ("drain", "reset_prefix_cache", "log_level", "reload_keys"):
         assert error_of(api.get(f"/admin/{name}", headers=ADMIN), 405)
 
 

@@ -124,3 +124,18 @@ def test_nothing_that_is_kept_holds_a_key() -> None:
     keys = read_keys(["tulip-bulb ops"], None)
     assert "tulip" not in repr(vars(keys)) and b"tulip" not in b"".join(digest for digest, _ in keys._keys)
     assert len({len(digest) for digest, _ in read_keys(["a", "b" * 500], None)._keys}) == 1
+
+
+def test_keys_take_the_place_of_others(tmp_path: Path) -> None:
+    keys = read_keys(["old ann"], None)
+    assert keys.num_tenants == 1
+    keys.replace(read_keys(["new bob", "more ops admin"], None))
+    assert ids(keys, "old", "new", "more") == [None, "bob", "ops"] and len(keys) == 2 and keys.has_scope("admin")
+    assert keys.num_tenants == 2, "what was computed for ann may still be found"
+
+
+def test_a_file_that_is_read_again_needs_ids(key_file: Path) -> None:
+    with pytest.raises(ConfigError, match="keys line 6: a key needs an id behind it"):
+        read_keys([], str(key_file), again=True)
+    key_file.write_text(KEY_FILE.replace("s3cret-four", "s3cret-four dora"))
+    assert ids(read_keys(["flag-key"], str(key_file), again=True), "flag-key", "s3cret-four") == ["key1", "dora"]
