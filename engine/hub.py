@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from engine.config import ModelConfig
@@ -114,8 +114,7 @@ def _small_names(config: ModelConfig, repository: Repository) -> list[str]:
     return [
         name
         for name in repository.files
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-        and ("/" not in name or (name.endswith(".py") and ".." not in name.split("/")))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and ("/" not in name or name.endswith(".py"))
     ]
 
 
@@ -161,6 +160,9 @@ def _ask(config: ModelConfig, report: Report, *, can_wait: bool) -> Repository:
 def _repository(info: ModelInfo) -> Repository:
     files = {}
     for sibling in info.siblings or ():
+        path = PurePosixPath(sibling.rfilename)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"it lists {sibling.rfilename!r}, which lies outside of the repository")
         blob = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         if blob is None or sibling.size is None or not re.fullmatch("[0-9a-f]{40,64}", blob):
             raise ValueError(f"it lists {sibling.rfilename} without its size and hash")

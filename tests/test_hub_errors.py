@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -41,6 +42,18 @@ def test_a_gated_model(place: Place) -> None:
     sentence = place.refused(GATED, environ={"HF_TOKEN": "hf_go…d"})
     assert "holds characters that no token has" in sentence
     assert place.hub.fetched() == []
+
+
+@pytest.mark.parametrize("name", ["../../../evil.safetensors", "{path}/evil.safetensors"])
+def test_a_hub_that_lists_a_file_elsewhere_on_this_machine(name: str, place: Place) -> None:
+    name = name.format(path=place.path)
+    index = json.dumps({"weight_map": {"weight": name}}).encode()
+    files = repository_files() | {"model.safetensors.index.json": index, name: b"x" * HALF}
+    del files["model.safetensors"]
+    place.hub.add("someone/evil", files)
+    sentence = place.refused("someone/evil")
+    assert "does not answer like a Hugging Face Hub" in sentence and "lies outside of the repository" in sentence
+    assert not list(place.path.rglob("evil.safetensors"))
 
 
 def test_a_token_is_sent_to_the_hub_alone_and_never_logged(place: Place) -> None:
