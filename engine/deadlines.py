@@ -5,11 +5,13 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Container, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.errors import DeadlineExceeded
 from engine.messages import AddRequest
-from engine.request import Request
+
+if TYPE_CHECKING:  # it brings numpy, for which a frontend would wait at its start
+    from engine.request import Request
 
 FIRST_TOKEN, WHOLE = "first_token_timeout", "timeout"
 """The two kinds, by the names of the fields that set them."""
