@@ -32,7 +32,7 @@ class Trace(Protocol):
 
 class Tracer(Protocol):
     def begin(self, record: RequestRecord, headers: Headers) -> Trace | None:
-        """None for a request that is not sampled. Gives the record its trace_id."""
+        """Gives the record its trace_id, sampled or not: the logs of others name it too. None where nothing will be sent."""
         ...
 
 

@@ -40,7 +40,7 @@ class Event(NamedTuple):
 @dataclass(slots=True)
 class RequestRecord:
     """started_s: time.monotonic(). key_id: "" on a server without keys, "invalid" for a stranger. status: 0 before a response.
-    error: the code of the error it ended with. trace_id: "" where it is not traced. finish_reasons: one a choice, also "abort"
+    error: the code of the error it ended with. trace_id: "" where traces are off. finish_reasons: one a choice, also "abort"
     and "error". sampling: of its first prompt. phases: of its first prompts. Times in seconds.
     """
 

@@ -237,16 +237,27 @@ def test_a_clients_trace_goes_on() -> None:
     assert {child.trace_id for child in receiver.spans} == {TRACE_ID}
 
 
-def test_log_lines_name_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
+def trace_of_the_line(traceparent: str, capsys: pytest.CaptureFixture[str]) -> str | None:
+    """What the line of a request with this header says of its trace."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     try:
         logs.set_up_logging("info", log_format="json")
-        one_request("/v1/completions", {"prompt": "a"}, traceparent=TRACEPARENT)
+        one_request("/v1/completions", {"prompt": "a"}, traceparent=traceparent)
     finally:
         root.handlers[:], root.level = before[0], before[1]
     (line,) = [entry for entry in map(json.loads, capsys.readouterr().err.splitlines()) if entry["message"] == "request"]
-    assert line["trace_id"] == TRACE_ID
+    found: str | None = line.get("trace_id")
+    return found
+
+
+def test_log_lines_name_the_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert trace_of_the_line(TRACEPARENT, capsys) == TRACE_ID
+
+
+def test_log_lines_name_a_trace_that_is_not_sampled(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever began it has it in lines of its own."""
+    assert trace_of_the_line(TRACEPARENT[:-2] + "00", capsys) == TRACE_ID
 
 
 @pytest.mark.parametrize("given", ["", "00-xyz-1-01", f"00-{'0' * 32}-{PARENT_ID}-01", "a\xff"])
