@@ -171,6 +171,13 @@ def test_ours_reads_as_docker_does(files: Sequence[str]) -> None:
         assert service.get("environment", {}).keys() == other.get("environment", {}).keys()
 
 
+def test_images_of_others_have_a_version_which_the_page_names_too() -> None:
+    images = {service["image"] for service in resolve(REPLICAS, {})["services"].values() if "build" not in service}
+    assert len(images) == 3 and all(re.search(r":v?\d+\.\d+", image) for image in images)
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"\b(?:prom|grafana)/\w+:[\w.]+", page)) == {image for image in images if "/" in image}
+
+
 def test_the_example_names_settings() -> None:
     text = (ROOT / ".env.example").read_text()
     lines = dict(re.findall(r"^#?([A-Z_]+)=(.*)$", text, re.M))
