@@ -19,6 +19,12 @@ _MAX_TILE = 16_384
 
 
 @triton.jit
+def _bounded(x, LARGEST: tl.constexpr):
+    """NaN stays NaN: the device's minimum and maximum would make a number of it, and nobody would know."""
+    return tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr,
     out_ptr,
@@ -35,7 +41,7 @@ def _quantize_rows_kernel(
     if CHANNELS <= TILE:  # the row stays in registers
         x = tl.load(x_row + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LARGEST, SMALLEST)
-        stored = tl.minimum(tl.maximum(x * (1.0 / scale), -LARGEST), LARGEST).to(out_ptr.dtype.element_ty)
+        stored = _bounded(x * (1.0 / scale), LARGEST).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row * CHANNELS + channel, stored, mask=channel < CHANNELS)
     else:
         largest = tl.zeros([TILE], tl.float32)
@@ -46,7 +52,7 @@ def _quantize_rows_kernel(
         for start in range(0, CHANNELS, TILE):
             inside = start + channel < CHANNELS
             x = tl.load(x_row + start + channel, mask=inside, other=0.0).to(tl.float32)
-            stored = tl.minimum(tl.maximum(x * (1.0 / scale), -LARGEST), LARGEST).to(out_ptr.dtype.element_ty)
+            stored = _bounded(x * (1.0 / scale), LARGEST).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + row * CHANNELS + start + channel, stored, mask=inside)
     tl.store(scale_ptr + row, scale)
 

@@ -211,7 +211,8 @@ def _page_offsets(row_mask, slots, positions, kv_heads, tables_ptr, table_stride
 @triton.jit
 def _to_pages(values, scale, dtype: tl.constexpr, HAS_SCALE: tl.constexpr):
     if HAS_SCALE:
-        values = tl.clamp(values.to(tl.float32) / scale, -448.0, 448.0)
+        # The device's minimum and maximum drop a NaN otherwise, and its request would go on with a number made of nothing.
+        values = tl.clamp(values.to(tl.float32) / scale, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return values.to(dtype)
 
 

@@ -15,9 +15,13 @@ from tests.engine.test_bad_numbers import KINDS, POISON, ids, message, poisoned,
 
 
 @pytest.mark.parametrize("use_graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn], ids=["own pages", "fp8 pages"])
 @torch.inference_mode()
-def test_every_way_to_sample(tmp_path: Path, use_graphs: bool) -> None:
-    engine = device_harness.build(poisoned(tmp_path), torch.device("cuda"), torch.bfloat16, budget=64, use_graphs=use_graphs)
+def test_every_way_to_sample(tmp_path: Path, use_graphs: bool, kv_dtype: torch.dtype | None) -> None:
+    if kv_dtype is not None and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a card that converts to FP8")
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    engine = device_harness.build(poisoned(tmp_path), device, dtype, budget=64, use_graphs=use_graphs, kv_dtype=kv_dtype)
     while engine.runner.idle():
         pass
     clean, poison = prompt(21, seed=1), [*prompt(70, seed=2), POISON, *prompt(7, seed=3)]
@@ -32,5 +36,5 @@ def test_every_way_to_sample(tmp_path: Path, use_graphs: bool) -> None:
     engine.run([message("r", clean)])
     torch.cuda.synchronize()
     pages = engine.backend._pages  # type: ignore[attr-defined]
-    assert not any(bool(part.isnan().any()) for layer in pages.values() for part in layer)
+    assert not any(bool(part.float().isnan().any()) for layer in pages.values() for part in layer)
     engine.core.close()
