@@ -27,17 +27,15 @@ from engine.memory_plan import MAX_GRAPH_TOKENS, graph_batch_sizes, graph_token_
 from engine.native_decoder import NativeDecoder
 from engine.pooler import Pooler
 from engine.sampler import LogprobsTensors, compute_logprobs, edit, sample
-from engine.sampling_params import SamplingParams
+from engine.scratch_steps import ScratchSteps
 from engine.split_model import SplitModel
-from engine.step import SCRATCH_BLOCK_ID, HostMasks, NewRow, SchedulerOutput
+from engine.step import HostMasks, SchedulerOutput
 from engine.step_feed import to_device
 from engine.step_results import HostCopies, PendingStep
 from engine.token_masks import IntArray
 
 MAX_PROMPT_LOGITS_ROWS = 256
 """Prompt positions whose logits exist at once: float32 [256, V] is 50 MB at 49,152 tokens and 131 MB at 128,256."""
-
-_WARM_UP_STEP_ID = -1
 
 
 @dataclass(slots=True)
@@ -83,11 +81,10 @@ class ModelRunner:
     ) -> None:
         self._model = SplitModel(model, vocab_size, fused)
         self._backend = backend
-        self._num_groups = num_groups
-        self._num_slots = max_num_seqs
-        self._max_model_len = max_model_len
-        self._block_size = block_size
         self._device = device
+        self._scratch_steps = ScratchSteps(
+            num_groups=num_groups, max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=block_size
+        )
         self._batch = InputBatch(
             num_groups=num_groups,
             max_num_seqs=max_num_seqs,
@@ -388,18 +385,7 @@ class ModelRunner:
 
         num_tokens: of the prompts (at most the context less two).
         """
-        length = max(1, min(num_tokens, self._max_model_len - 2))
-        head = length // 2
-        row = self._scratch_row(0, length)
-        first = [_scratch_step([row], [(0, 0, head)], sampled=[])] if head else []
-        rest = _scratch_step([] if head else [row], [(0, head, length - head)], sampled=[0])
-        steps = [*first, rest]
-        if self._max_model_len > length:
-            steps.append(_scratch_step([], [(0, length, 1)], sampled=[0]))
-        if self._batch.feed is not None and self._num_slots > 1 and self._max_model_len > length + 1:
-            other = self._scratch_row(1, length)
-            steps.append(_scratch_step([other], [(0, length + 1, 1), (1, 0, length)], sampled=[0, 1]))
-        for step in [*steps, SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=[0])]:
+        for step in self._scratch_steps.of_every_kind(num_tokens, mixes=self._batch.feed is not None):
             self.launch(step)
             self.sample(None).wait()
         self._warm_up_buckets()
@@ -416,50 +402,16 @@ class ModelRunner:
 
     def profile(self, num_tokens: int) -> int:
         """Bytes that a step of num_tokens takes beside weights and pages, measured on the scratch page. GPU only."""
-        length = min(num_tokens, self._max_model_len - 1)
-        counts = [length] * min(num_tokens // length, self._num_slots)
-        if len(counts) < self._num_slots and (rest := num_tokens - sum(counts)):
-            counts.append(rest)
-        rows = [self._scratch_row(slot, count) for slot, count in enumerate(counts)]
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        spans = [(slot, 0, count) for slot, count in enumerate(counts)]
-        for step in (
-            _scratch_step(rows, spans, sampled=list(range(len(rows)))),
-            SchedulerOutput(_WARM_UP_STEP_ID, freed_slots=list(range(len(rows)))),
-        ):
+        for step in self._scratch_steps.large(num_tokens):
             self.launch(step)
             self.sample(None).wait()
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.empty_cache()
         return int(peak - before)
-
-    def _scratch_row(self, slot: int, length: int) -> NewRow:
-        """A row of `length` tokens whose table, one token longer than it needs, names the scratch page alone."""
-        num_blocks = min(-(-(length + 2) // self._block_size), -(-self._max_model_len // self._block_size))
-        return NewRow(
-            slot=slot,
-            token_ids=np.zeros(length, dtype=np.int32),
-            num_prompt_tokens=length,
-            num_computed_tokens=0,
-            sampling=SamplingParams(),
-            seed=0,
-            block_ids=tuple([SCRATCH_BLOCK_ID] * num_blocks for _ in range(self._num_groups)),
-        )
-
-
-def _scratch_step(rows: list[NewRow], spans: list[tuple[int, int, int]], sampled: list[int]) -> SchedulerOutput:
-    """A step over (slot, first position, number of tokens)."""
-    return SchedulerOutput(
-        _WARM_UP_STEP_ID,
-        new_rows=rows,
-        slots=[slot for slot, _, _ in spans],
-        start_positions=[start for _, start, _ in spans],
-        num_tokens=[count for _, _, count in spans],
-        sampled_rows=sampled,
-    )
 
 
 @contextmanager

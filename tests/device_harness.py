@@ -66,7 +66,7 @@ class Engine:
             num_blocks = -(-len(sequence) // self.block_size)
             ids = list(range(next_block, next_block + num_blocks))
             next_block += num_blocks
-            groups = tuple(list(ids) for _ in range(self.runner._num_groups))
+            groups = tuple(list(ids) for _ in self.core._scheduler.kv_cache.groups)
             tokens = np.array(sequence, dtype=np.int32)
             rows.append(NewRow(slot, tokens, len(sequence), 0, SamplingParams(temperature=0.0), 0, groups))
         half = chunk // 2

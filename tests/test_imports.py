@@ -69,6 +69,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "cuda_graphs",
         "split_model",
         "step_results",
+        "scratch_steps",
         "model_runner",
     ),
     "L4": ("step_clock", "core", "build", "usage_meter", "process", "self_check"),
