@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from server.api.body import json_type
+from server.api.regex import with_ascii_classes
 
 SUPPORTED = frozenset(
     {"$ref", "additionalItems", "additionalProperties", "allOf", "anyOf", "const", "enum", "exclusiveMaximum"}
@@ -80,6 +81,12 @@ def checked_schema(schema: object, param: str) -> dict[str, Any]:
     return copy
 
 
+def lenient_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The same of a schema that is kept as far as it goes: nothing is refused, the library leaves out what it does not know."""
+    copy: dict[str, Any] = _Copy(schema, None).of(schema)
+    return copy
+
+
 def schema_text(schema: dict[str, Any], param: str) -> str:
     """A checked schema as the grammar library takes it, also for `%json` in Lark: with the whitespace that is allowed. Raises
     InvalidRequest."""
@@ -114,7 +121,8 @@ def _check_depth(schema: dict[str, Any], param: str) -> None:
 class _Copy:
     """Copies schemas of one document. What is no schema, an instance in `enum` or a name in `properties`, is left alone."""
 
-    def __init__(self, root: dict[str, Any], param: str) -> None:
+    def __init__(self, root: dict[str, Any], param: str | None) -> None:
+        """param: None refuses nothing."""
         self._root = root
         self._param = param
 
@@ -123,7 +131,7 @@ class _Copy:
             return schema  # true or false; anything else the grammar library refuses
         copy: dict[str, Any] = {}
         for keyword, value in schema.items():
-            if keyword in UNSUPPORTED:
+            if keyword in UNSUPPORTED and self._param is not None:
                 if not any(value is neutral or (value == neutral and value == {}) for neutral in UNSUPPORTED[keyword]):
                     self._refuse(f"holds the keyword {keyword}, which is not supported")
             elif keyword in _SCHEMA_MAPS and isinstance(value, dict):
@@ -132,6 +140,8 @@ class _Copy:
                 copy[keyword] = [self.of(child) for child in value]
             elif keyword in _SCHEMAS:
                 copy[keyword] = self.of(value)
+            elif keyword == "pattern" and isinstance(value, str):
+                copy[keyword] = with_ascii_classes(value)
             elif keyword != "$schema":
                 copy[keyword] = value
         self._check_type(copy)
@@ -169,6 +179,8 @@ class _Copy:
                     self._refuse(f"has an {exclusive} beside a bound of the same integer part, which is not supported")
 
     def _refuse(self, what: str) -> None:
+        if self._param is None:
+            return
         raise InvalidRequest(f"{self._param} {what}.", param=self._param, code="unsupported_schema")
 
     def _exclude_each_other(self, options: Any) -> bool:

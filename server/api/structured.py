@@ -14,6 +14,7 @@ from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
 from server.api.body import RequestBody, json_type
 from server.api.json_schema import checked_schema, schema_text
+from server.api.regex import with_ascii_classes
 
 MAX_CHARACTERS = 2**20
 # The library's converter is plain Python: what it is given takes it a fraction of a second at most.
@@ -182,7 +183,7 @@ def _from_structured_outputs(outputs: StructuredOutputs, prefix: str) -> Structu
         case "choice":
             return StructuredSpec("choice", _checked_choices(value, param))
         case "regex":
-            return StructuredSpec("regex", _checked_text(value, param))
+            return StructuredSpec("regex", with_ascii_classes(_checked_text(value, param)))
     return StructuredSpec("lark", _as_lark(_checked_text(value, param), param))
 
 

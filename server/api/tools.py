@@ -11,7 +11,7 @@ from pydantic import WithJsonSchema
 from engine.errors import InvalidRequest
 from server.api.body import RequestBody, json_type
 from server.api.conversation import NamedFunction, ToolChoice
-from server.api.json_schema import checked_schema
+from server.api.json_schema import checked_schema, lenient_schema
 from server.parsers.base import FunctionTool
 
 MAX_TOOLS = 128
@@ -80,8 +80,9 @@ def function_tools(tools: Sequence[ChatTool]) -> list[FunctionTool]:
 
 
 def check_functions(tools: Sequence[FunctionTool], where: str) -> None:
-    """where: the path of a function, with {index}. Raises InvalidRequest for names that no function may have or that are there
-    twice, and for parameters that describe no object, or not what a strict function can be held to."""
+    """Adds the schemas that grammars take. where: the path of a function, with {index}. Raises InvalidRequest for names that no
+    function may have or that are there twice, and for parameters that describe no object, or not what a strict function can be
+    held to."""
     first_with: dict[str, int] = {}
     for index, tool in enumerate(tools):
         path = where.format(index=index)
@@ -109,8 +110,7 @@ def _check_parameters(tool: FunctionTool, param: str) -> None:
     required = tool.parameters.get("required", [])
     if not isinstance(required, list) or any(not isinstance(name, str) for name in required):
         raise InvalidRequest(f"{param}.required must be an array of strings.", param=f"{param}.required")
-    if tool.strict:
-        checked_schema(tool.parameters, param)
+    tool.grammar_schema = checked_schema(tool.parameters, param) if tool.strict else lenient_schema(tool.parameters)
 
 
 def choose_tools(tools: list[FunctionTool], given: object) -> tuple[list[FunctionTool], ToolChoice]:

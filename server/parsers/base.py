@@ -59,12 +59,18 @@ class OutputParser(Protocol):
 
 
 class FunctionTool(msgspec.Struct):
-    """parameters: JSON schema of the arguments, {} where the request gave none."""
+    """parameters: JSON schema of the arguments, {} where the request gave none. grammar_schema: the same as grammars take it;
+    None where that is no different."""
 
     name: str
     description: str = ""
     parameters: dict[str, Any] = {}
     strict: bool = False
+    grammar_schema: dict[str, Any] | None = None
+
+    def schema(self) -> dict[str, Any]:
+        """What a grammar holds the arguments to."""
+        return self.parameters if self.grammar_schema is None else self.grammar_schema
 
 
 class Vocabulary(msgspec.Struct, frozen=True):

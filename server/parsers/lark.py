@@ -62,7 +62,7 @@ def arguments_schema(tool: FunctionTool) -> dict[str, Any]:
 
     Keywords that the grammar library does not know are refused by it for a strict tool, and left out for others.
     """
-    schema = dict(tool.parameters) or {"properties": {}}
+    schema = dict(tool.schema()) or {"properties": {}}
     schema.setdefault("type", "object")
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and _may_close(schema, properties):

@@ -135,7 +135,7 @@ def _read_value(tape: Tape, pieces: list[str] | None) -> Reading[None]:
 
 
 def _properties(tool: FunctionTool) -> Mapping[str, Any]:
-    properties = tool.parameters.get("properties")
+    properties = tool.schema().get("properties")
     return properties if isinstance(properties, Mapping) else {}
 
 
@@ -174,8 +174,9 @@ def _refuse_constant(name: str) -> None:
 
 def _call_rules(tool: FunctionTool, name: str) -> list[str]:
     """A function's rule and those of its parameters, which come in the schema's order."""
-    required = tool.parameters.get("required")
-    definitions: dict[str, Any] = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+    whole = tool.schema()
+    required = whole.get("required")
+    definitions: dict[str, Any] = {key: whole[key] for key in ("$defs", "definitions") if key in whole}
     rules, parts = [], []
     for index, (key, schema) in enumerate(_properties(tool).items()):
         parameter = f"{name}_{index}"

@@ -213,6 +213,22 @@ def test_a_strict_function_constrains_calls_of_the_models_own_accord(tools_api: 
     assert not accepts(lazy, WEATHER_CALL.replace("city", "town"))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_functions_schema_is_read_as_that_of_an_answer(tools_api: Api, strict: bool) -> None:
+    """Keywords that ask for nothing, bounds as in draft 4, and the classes of patterns."""
+    properties = {
+        "pins": {"type": "array", "items": {"type": "string", "pattern": r"^\d{2}$"}, "uniqueItems": False},
+        "days": {"type": "integer", "minimum": 1, "exclusiveMinimum": True},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["pins", "days"], "additionalProperties": False}
+    function = {"name": "unlock", "parameters": parameters, "strict": strict}
+    assert tools_api.chat(tools=[{"type": "function", "function": function}], tool_choice="required").status_code == 200
+    texts = ('{"pins": ["12"], "days": 2}', '{"pins": ["\u0663\u0663"], "days": 2}', '{"pins": [], "days": 1}')
+    calls = [f'<tool_call>\n{{"name": "unlock", "arguments": {text}}}\n</tool_call>' for text in texts]
+    assert [accepts(grammar(tools_api), call) for call in calls] == [True, False, False]
+    assert r"^\\d{2}$" in prompt_text(tools_api)
+
+
 def test_an_answer_that_is_constrained_may_be_a_call_instead(tools_api: Api) -> None:
     response_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {}}}}
     tools_api.chat(tools=TOOLS, response_format=response_format)
