@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import re
 import signal
@@ -193,6 +194,16 @@ def test_a_repeated_prefix_is_served_from_the_cache(client: openai.OpenAI, model
     )
     assert first.choices[0].message.content == second.choices[0].message.content
     assert second.usage.prompt_tokens_details.cached_tokens >= second.usage.prompt_tokens - 17
+
+
+def test_what_is_there_to_paste_gets_a_sensible_answer(server: Server):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    pasted = [
+        re.search(r"curl \S+/v1/chat/completions -H '[^']+' -d '([^']+)'", text) for text in (readme, server.log.read_text())
+    ]
+    for found in pasted:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=json.loads(found[1]), timeout=120).json()
+        assert answer["choices"][0]["message"]["content"] == "The capital of France is Paris."
 
 
 def test_two_processes_named_in_ps_and_a_clean_end(server: Server):

@@ -111,8 +111,11 @@ def _facts(state: ServerState) -> str:
 
 
 def curl_command(client: EngineClient, config: ServerConfig, base_url: str) -> str:
-    """A command to paste that gets an answer from this server: a chat where the model has a template, else a completion."""
-    body: dict[str, object] = {"model": config.model_names[0]}
+    """A command to paste that gets an answer from this server: a chat where the model has a template, else a completion.
+
+    The likeliest answer: a small model like the demo says strange things where it is let to choose at random.
+    """
+    body: dict[str, object] = {"model": config.model_names[0], "temperature": 0}
     chat = client.state != "ready" or client.tokenizer.has_chat_template
     if chat:
         path, question = "chat/completions", "What is the capital of France?"
