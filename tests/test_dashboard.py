@@ -54,6 +54,16 @@ def test_every_panel_can_be_read(panel: dict[str, Any]) -> None:
         assert panel["options"]["legend"]["showLegend"] and all(target["legendFormat"] for target in panel["targets"])
 
 
+def test_a_number_of_an_idle_server_is_a_dash() -> None:
+    """Quantiles and shares of nothing are NaN, which Grafana would write so."""
+    numbers = [panel["fieldConfig"]["defaults"] for panel in grafana.PANELS if panel["type"] == "stat"]
+    for defaults in numbers:
+        (mapping,) = defaults["mappings"]
+        assert (mapping["type"], mapping["options"]["match"]) == ("special", "nan")
+        assert mapping["options"]["result"]["text"] == defaults["noValue"] == "–"
+    assert len(numbers) == 8
+
+
 def test_the_grid() -> None:
     panels = grafana.DASHBOARD["panels"]
     ids = [panel["id"] for panel in panels]
