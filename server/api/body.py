@@ -31,6 +31,34 @@ _JSON_TYPES = {
 }
 
 
+# By pydantic's names of its errors.
+_MUST_BE = {
+    "bool_type": "a boolean",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "list_type": "an array",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+# And what of their context says how far it goes.
+_OUT_OF_RANGE = {
+    "literal_error": ("expected", "must be {}, got another string"),
+    "greater_than_equal": ("ge", "must be at least {}, got less"),
+    "less_than_equal": ("le", "must be at most {}, got more"),
+    "too_short": ("min_length", "must hold at least {}, got {got}"),
+    "too_long": ("max_length", "may hold at most {}, got {got}"),
+    "string_too_short": ("min_length", "must have at least {} characters, got fewer"),
+    "string_too_long": ("max_length", "may have at most {} characters, got more"),
+    "string_pattern_mismatch": ("pattern", "must match the pattern {}, got another string"),
+}
+
+
+class WrongType(InvalidRequest):
+    default_code = "invalid_type"
+
+
 class BodyLimits(NamedTuple):
     """What is read of a body, in app.state.body_limits. Its bytes would be held in memory several times over."""
 
@@ -159,12 +187,20 @@ def _safe_name(path: str) -> str:
 
 def invalid_request(error: ValidationError, prefix: str = "") -> InvalidRequest:
     """The first of pydantic's errors, without the input. prefix: path of what was validated, where that was no whole body."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = error.errors(include_url=False)[0]
     path = prefix
     for part in first["loc"]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     path = _safe_name(path.lstrip("."))
-    if first["type"] == "missing":
+    kind, context, got = first["type"], first.get("ctx", {}), json_type(first["input"])
+    if kind == "missing":
         return InvalidRequest(f"{path} is missing.", param=path, code="missing_required_parameter")
+    if kind in _MUST_BE:
+        return WrongType(f"{path} must be {_MUST_BE[kind]}, got {got}.", param=path)
+    if kind == "literal_error" and not isinstance(first["input"], str):
+        return WrongType(f"{path} must be {context['expected']}, got {got}.", param=path)
+    if kind in _OUT_OF_RANGE:
+        name, reason = _OUT_OF_RANGE[kind]
+        return InvalidRequest(f"{path} {reason.format(context[name], got=context.get('actual_length'))}.", param=path)
     reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return InvalidRequest(f"{path}: {reason}, got {json_type(first['input'])}.", param=path, code="invalid_type")
+    return InvalidRequest(f"{path}: {reason}, got {got}.", param=path)

@@ -9,7 +9,7 @@ from pydantic import Field, WithJsonSchema, field_validator
 
 from engine.errors import InvalidRequest
 from engine.sampling_params import MAX_LOGPROBS
-from server.api.body import RequestBody, json_type
+from server.api.body import RequestBody, WrongType, json_type
 from server.api.conversation import MAX_MESSAGES, Conversation
 from server.api.sampling import GenerationRequest, Integer, check_logprobs
 from server.api.tools import ChatTool, GivenToolChoice, choose_tools, function_tools
@@ -224,7 +224,7 @@ def _template_call(call: GivenToolCall, where: str) -> dict[str, Any]:
     arguments = call.function.arguments
     if not isinstance(arguments, str | dict):
         param = f"{where}.function.arguments"
-        raise InvalidRequest(f"{param} must be a JSON string, got {json_type(arguments)}.", param=param)
+        raise WrongType(f"{param} must be a JSON string, got {json_type(arguments)}.", param=param)
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
@@ -241,7 +241,7 @@ def _checked_content(content: object, role: object, where: str) -> object:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a string or an array of text parts, got {json_type(content)}.", param=where)
+        raise WrongType(f"{where} must be a string or an array of text parts, got {json_type(content)}.", param=where)
     parts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None

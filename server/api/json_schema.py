@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
-from server.api.body import json_type
+from server.api.body import WrongType, json_type
 from server.api.regex import with_ascii_classes
 
 SUPPORTED = frozenset(
@@ -69,7 +69,7 @@ def checked_schema(schema: object, param: str) -> dict[str, Any]:
     if schema is False:
         raise InvalidRequest(f"{param} is false: no answer can satisfy it.", param=param)
     if not isinstance(schema, dict):
-        raise InvalidRequest(f"{param} must be a JSON schema, got {json_type(schema)}.", param=param)
+        raise WrongType(f"{param} must be a JSON schema, got {json_type(schema)}.", param=param)
     _check_depth(schema, param)
     if not DRAFTS.fullmatch(str(schema.get("$schema", "https://json-schema.org/draft/2020-12/schema"))):
         raise InvalidRequest(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from engine.errors import InvalidRequest
 from engine.messages import EngineReady
 from engine.tokenizer import Tokenizer
-from server.api.body import json_type
+from server.api.body import WrongType, json_type
 from server.api.sampling import check_vocabulary
 from server.api.text_threads import in_thread_if_long
 
@@ -64,8 +64,8 @@ async def read_prompts(
     single = isinstance(given, str) or (isinstance(given, list) and bool(given) and not isinstance(given[0], str | list))
     prompts = [given] if single else given
     if not isinstance(prompts, list) or not prompts:
-        got = "an empty array" if prompts == [] else json_type(given)
-        raise InvalidRequest(f"{param} must be a string, token ids, or an array of either, got {got}.", param=param)
+        refusal, got = (InvalidRequest, "an empty array") if prompts == [] else (WrongType, json_type(given))
+        raise refusal(f"{param} must be a string, token ids, or an array of either, got {got}.", param=param)
     if len(prompts) > MAX_PROMPTS:
         raise InvalidRequest(f"{param} may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", param=param)
     names = [param] if single else [f"{param}[{index}]" for index in range(len(prompts))]
@@ -91,18 +91,18 @@ async def read_prompts(
 
 def _check_prompt(prompt: object, name: str, param: str, *, first: object, suffix: str) -> None:
     if type(prompt) is not type(first):
-        raise InvalidRequest(f"{name} is {json_type(prompt)}, {param}[0] {json_type(first)}: use one.", param=param)
+        raise WrongType(f"{name} is {json_type(prompt)}, {param}[0] {json_type(first)}: use one.", param=param)
     if isinstance(prompt, str):
         if not prompt and not suffix:
             raise InvalidRequest(f"{name} is empty; give at least one token.", param=param, code="empty_prompt")
         return
     if not isinstance(prompt, list):
-        raise InvalidRequest(f"{name} must be a string or an array of token ids, got {json_type(prompt)}.", param=param)
+        raise WrongType(f"{name} must be a string or an array of token ids, got {json_type(prompt)}.", param=param)
     if suffix:
         raise InvalidRequest("suffix needs the prompt as text, got token ids.", param="suffix")
     wrong = next((json_type(item) for item in prompt if type(item) is not int), None)
     if wrong is not None:
-        raise InvalidRequest(f"{name} must hold integers only, got {wrong} among them.", param=param)
+        raise WrongType(f"{name} must hold integers only, got {wrong} among them.", param=param)
 
 
 def _fill_in_the_middle(tokenizer: Tokenizer, prefix: str, suffix: str, *, add_special_tokens: bool) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field, ValidationError, WithJsonSchema
 
 from engine.errors import InvalidRequest
-from server.api.body import RequestBody, invalid_request, json_type, without_nulls
+from server.api.body import RequestBody, WrongType, invalid_request, json_type, without_nulls
 from server.api.responses_stream import new_id
 from server.api.responses_types import (
     FunctionCallItem,
@@ -110,13 +110,13 @@ def parse_input(value: object) -> str | list[GivenItem]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise InvalidRequest(f"input must be a string or an array of items, got {json_type(value)}.", param="input")
+        raise WrongType(f"input must be a string or an array of items, got {json_type(value)}.", param="input")
     return [_parse_item(item, f"input[{index}]") for index, item in enumerate(value)]
 
 
 def _parse_item(value: object, where: str) -> GivenItem:
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{where} must be an object, got {json_type(value)}.", param=where)
+        raise WrongType(f"{where} must be an object, got {json_type(value)}.", param=where)
     kind = value.get("type")
     if kind is None:  # messages may leave it out, and so may references
         kind = "message" if "role" in value or "id" not in value else "item_reference"
@@ -188,7 +188,7 @@ def _texts(
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a string or an array of text parts, got {json_type(content)}.", param=where)
+        raise WrongType(f"{where} must be a string or an array of text parts, got {json_type(content)}.", param=where)
     texts = []
     for index, part in enumerate(content):
         kind = part.type if isinstance(part, GivenPart) else None

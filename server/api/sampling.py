@@ -13,7 +13,7 @@ from engine.errors import ContextLengthExceeded, InvalidRequest
 from engine.messages import EngineReady
 from engine.sampling_params import MAX_BAD_WORDS, MAX_LOGPROBS, MAX_SEED, SamplingParams, StructuredSpec
 from engine.tokenizer import Tokenizer
-from server.api.body import RequestBody, json_type
+from server.api.body import RequestBody, WrongType, json_type
 from server.api.structured import StructuredFields
 from server.api.time_limits import TimeLimits
 
@@ -131,7 +131,7 @@ class SamplingRequest(TimeLimits):
         """`stop` as a list. Raises InvalidRequest."""
         given = [self.stop] if isinstance(self.stop, str) else list(self.stop) if isinstance(self.stop, list | tuple) else None
         if given is None:
-            raise InvalidRequest(f"stop must be a string or an array of strings, got {json_type(self.stop)}.", param="stop")
+            raise WrongType(f"stop must be a string or an array of strings, got {json_type(self.stop)}.", param="stop")
         if len(given) > MAX_STOP_STRINGS:
             raise InvalidRequest(f"stop may hold at most {MAX_STOP_STRINGS} strings, got {len(given)}.", param="stop")
         for index, item in enumerate(given):

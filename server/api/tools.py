@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import WithJsonSchema
 
 from engine.errors import InvalidRequest
-from server.api.body import RequestBody, json_type
+from server.api.body import RequestBody, WrongType, json_type
 from server.api.conversation import NamedFunction, ToolChoice
 from server.api.json_schema import checked_schema, lenient_schema
 from server.parsers.base import FunctionTool
@@ -106,7 +106,7 @@ def _check_parameters(tool: FunctionTool, param: str) -> None:
         raise InvalidRequest(f'{param} must be a schema of type "object", got {got}.', param=param)
     properties = tool.parameters.get("properties", {})
     if not isinstance(properties, Mapping):
-        raise InvalidRequest(f"{param}.properties must be an object, got {json_type(properties)}.", param=f"{param}.properties")
+        raise WrongType(f"{param}.properties must be an object, got {json_type(properties)}.", param=f"{param}.properties")
     required = tool.parameters.get("required", [])
     if not isinstance(required, list) or any(not isinstance(name, str) for name in required):
         raise InvalidRequest(f"{param}.required must be an array of strings.", param=f"{param}.required")
@@ -141,7 +141,7 @@ def choose_tools(tools: list[FunctionTool], given: object) -> tuple[list[Functio
 def _allowed_tools(tools: list[FunctionTool], given: object) -> tuple[list[FunctionTool], ToolChoice]:
     where = "tool_choice.allowed_tools"
     if not isinstance(given, Mapping):
-        raise InvalidRequest(f"{where} must be an object, got {json_type(given)}.", param=where)
+        raise WrongType(f"{where} must be an object, got {json_type(given)}.", param=where)
     mode, allowed = given.get("mode"), given.get("tools")
     if mode not in ("auto", "required"):
         raise InvalidRequest(f'{where}.mode must be "auto" or "required".', param=f"{where}.mode")
@@ -152,7 +152,7 @@ def _allowed_tools(tools: list[FunctionTool], given: object) -> tuple[list[Funct
     for index, item in enumerate(allowed):
         path = f"{where}.tools[{index}]"
         if not isinstance(item, Mapping):
-            raise InvalidRequest(f"{path} must be an object, got {json_type(item)}.", param=path)
+            raise WrongType(f"{path} must be an object, got {json_type(item)}.", param=path)
         name = _function_name(item, path)
         _find(tools, name, f"{path}.function.name")
         names.add(name)

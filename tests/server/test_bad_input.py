@@ -179,6 +179,35 @@ def test_wrong_types_and_ranges_of_chat(api: Api, body: dict[str, Any], param: s
     assert error_of(api.request("POST", "/v1/chat/completions", json=body), 400)["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("field", "code", "message"),
+    [
+        ({"max_tokens": 5.0}, "invalid_type", "max_tokens must be an integer, got a number."),
+        ({"temperature": "1"}, "invalid_type", "temperature must be a number, got a string."),
+        ({"stream": 1}, "invalid_type", "stream must be a boolean, got an integer."),
+        ({"chat_template": []}, "invalid_type", "chat_template must be a string, got an array."),
+        ({"stop": 5}, "invalid_type", "stop must be a string or an array of strings, got an integer."),
+        ({"messages": SECRET}, "invalid_type", "messages must be an array, got a string."),
+        ({"messages": [SECRET]}, "invalid_type", "messages[0] must be an object, got a string."),
+        ({"messages": []}, "invalid_value", "messages must hold at least 1, got 0."),
+        ({"messages": [{"role": 5}]}, "invalid_type", "messages[0].role must be 'system', 'developer', 'user', 'assistant' or"),
+        ({"reasoning_effort": SECRET}, "invalid_value", "'xhigh' or 'max', got another string."),
+        ({"seed": 2**64}, "invalid_value", "seed must be at most 18446744073709551615, got more."),
+        ({"seed": -(2**64)}, "invalid_value", "seed must be at least -9223372036854775808, got less."),
+        ({"stop_token_ids": [1] * 2000}, "invalid_value", "stop_token_ids may hold at most 1024, got 2000."),
+        ({"bad_words": [""]}, "invalid_value", "bad_words[0] must have at least 1 characters, got fewer."),
+        ({"cache_salt": "x" * 300}, "invalid_value", "cache_salt may have at most 256 characters, got more."),
+        ({"request_id": SECRET + " "}, "invalid_value", "request_id must match the pattern ^[A-Za-z0-9._:-]{1,128}$, got"),
+        ({"logit_bias": []}, "invalid_type", "logit_bias must be an object, got an array."),
+        ({"temperature": 9}, "invalid_value", "temperature must be between 0.0 and 2.0"),
+    ],
+)
+def test_a_wrong_type_is_told_from_a_wrong_value(api: Api, field: dict[str, Any], code: str, message: str) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], **field}
+    error = error_of(api.request("POST", "/v1/chat/completions", json=body), 400)
+    assert error["code"] == code and message in error["message"], error
+
+
 def test_a_body_that_is_too_large(api: Api) -> None:
     api.config = ServerConfig(model="tiny", max_body_bytes=1024)
     assert error_of(api.complete(prompt="a" * 2000), 413)["code"] == "body_too_large"
