@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from server.connections import ConnectionBound, Place
 from server.errors import error_body
 from server.stall_watch import StallWatch
+from server.tls import has_sent_all
 
 MAX_URL_BYTES = 8 * 1024
 MAX_HEADER_BYTES = 64 * 1024
@@ -28,6 +29,7 @@ DISCARDED_BODIES = 2
 # Closing at once while a client sends would reset the connection, and the answer could be lost on its way.
 LINGER_S = 2.0
 LINGER_BYTES = 16 * 2**20
+FAREWELL_S = 0.5
 
 _REFUSALS = {
     400: ("This is no HTTP request that can be understood.", "bad_http"),
@@ -93,13 +95,43 @@ class LimitedProtocol(HttpToolsProtocol):
             self._place = None
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._wait_for_farewell()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait_for_farewell()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._wait_for_farewell()
+
+    def _close(self) -> None:
+        self.transport.close()
+        self._wait_for_farewell()
+
+    def _wait_for_farewell(self) -> None:
+        """TLS ends with a word from both sides. A client that keeps a connection for later use says none, and the library would
+        wait for half a minute, as would the server for its own end."""
+        if self.scheme == "https" and self.transport.is_closing():
+            self._stop_waiting()
+            self._timer = self.loop.call_later(FAREWELL_S, self._end_without_farewell)
+
+    def _end_without_farewell(self) -> None:
+        self._timer = None
+        if has_sent_all(self.transport):
+            self.transport.abort()
+        else:
+            self._wait_for_farewell()
+
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
         if self._lingered_bytes is not None:
             self._lingered_bytes += len(data)
             if self._lingered_bytes > LINGER_BYTES:
-                self.transport.close()
+                self._close()
             return
         self._has_bytes = True
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
@@ -179,7 +211,7 @@ class LimitedProtocol(HttpToolsProtocol):
         elif self._has_bytes:
             self._refuse(408)
         else:
-            self.transport.close()
+            self._close()
 
     def _stop_parsing(self, status: int) -> None:
         self._refusal = status
@@ -191,7 +223,7 @@ class LimitedProtocol(HttpToolsProtocol):
         cycle = self.cycle
         has_begun = self._is_answering() and cycle.response_started
         if self.transport.is_closing() or has_begun or self.pipeline:
-            self.transport.close()
+            self._close()
             return
         message, code = _REFUSALS[status]
         kind = "service_unavailable_error" if status == 503 else "invalid_request_error"
@@ -202,7 +234,7 @@ class LimitedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self._lingered_bytes = 0
         self.flow.resume_reading()
-        self._timer = self.loop.call_later(LINGER_S, self.transport.close)
+        self._timer = self.loop.call_later(LINGER_S, self._close)
         if self.transport.can_write_eof():
             self.transport.write_eof()
 

@@ -45,13 +45,13 @@ def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Returns the exit code: 0 after an orderly end, 1 with a sentence on stderr when serving failed. Raises ConfigError."""
     config = load_config(argv, environ)
     chat_template = config.read_chat_template()
+    raise_file_limit(wanted_connections(config.max_connections, config.max_open_requests) + OWN_FILES)
+    possible_connections(config.max_connections, config.max_open_requests)
     set_up_logging(config.log_level, log_format=config.log_format, log_prompts=config.log_prompts)
     log_strays()
     try:
         with listen(config.host, config.port) as sock:
             setproctitle.setproctitle("octavo: frontend")
-            raise_file_limit(wanted_connections(config.max_connections, config.max_open_requests) + OWN_FILES)
-            possible_connections(config.max_connections, config.max_open_requests)  # before anything is loaded
             return uvloop.run(_Service(config, sock, chat_template).run())
     except OctavoError as error:
         if config.log_format == "json":

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import ssl
+import struct
+import termios
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ConfigError
 
@@ -32,6 +37,16 @@ def tls_context(cert: str, key: str | None) -> ssl.SSLContext:
         reason = "the private key does not belong to the certificate" if error.reason == "KEY_VALUES_MISMATCH" else _reason(key)
         raise ConfigError(f"no TLS with {cert}{f' and {key}' if key else ''}: {reason}", param=where) from None
     return context
+
+
+def has_sent_all(transport: asyncio.Transport) -> bool:
+    """Whether the client's system has taken in all that was written. False where ours does not say."""
+    connection: Any = transport.get_extra_info("socket")
+    try:
+        (left,) = struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)))
+    except (OSError, AttributeError):
+        return False
+    return left == 0 and transport.get_write_buffer_size() == 0
 
 
 def _reason(key: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from engine.errors import ConfigError
+from server import limits
 from server.config import load_config
 from server.tls import check_tls
+from tests.server.fake_client import FakeEngineClient
 from tests.server.served import ask, served
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -70,6 +73,74 @@ async def _plain(port: int) -> bytes:
         return b""
     finally:
         writer.close()
+
+
+@pytest.mark.parametrize("ends_by", ["the server's end", "Connection: close"])
+def test_a_client_that_says_no_farewell_is_not_waited_for(
+    identity: tuple[str, str], ends_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio.constants, "SSL_SHUTDOWN_TIMEOUT", 3600.0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(limits, "FAREWELL_S", 0.05)
+    cert, key = identity
+    get = GET if "close" in ends_by else GET.replace(b"Connection: close\r\n", b"")
+
+    def keep_a_connection(port: int) -> ssl.SSLSocket:
+        """One that nobody reads from any more."""
+        plain = socket.create_connection(("127.0.0.1", port), timeout=30)
+        connection = ssl.create_default_context(cafile=cert).wrap_socket(plain, server_hostname="localhost")
+        connection.sendall(get)
+        assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+        return connection
+
+    async def scenario() -> None:
+        async with served(tls_cert=cert, tls_key=key) as (server, port):
+            connection = await asyncio.to_thread(keep_a_connection, port)
+            while ends_by == "Connection: close" and server.server_state.connections:
+                await asyncio.sleep(0.01)
+        connection.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_slow_reader_has_all_of_its_answer_before_the_servers_end(
+    identity: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "FAREWELL_S", 0.02)
+    cert, key = identity
+    client = FakeEngineClient()
+    ids = ",".join(["65"] * 60)
+    body = f'{{"prompt":[{",".join([f"[{ids}]"] * 1000)}],"max_tokens":1,"logprobs":5,"echo":true}}'.encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+
+    def ask_and_wait(port: int) -> ssl.SSLSocket:
+        plain = socket.socket()
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.settimeout(60)
+        plain.connect(("127.0.0.1", port))
+        connection = ssl.create_default_context(cafile=cert).wrap_socket(plain, server_hostname="localhost")
+        connection.sendall(head + body)
+        return connection
+
+    def read_all(connection: ssl.SSLSocket) -> bytes:
+        parts = []
+        while part := connection.recv(65536):
+            parts.append(part)
+        return b"".join(parts)
+
+    async def scenario() -> None:
+        async with served(client, tls_cert=cert, tls_key=key) as (server, port):
+            connection = await asyncio.to_thread(ask_and_wait, port)
+            while not server.server_state.total_requests:
+                await asyncio.sleep(0.01)
+            server.should_exit = True
+            await asyncio.sleep(0.5)  # many looks
+            assert server.server_state.connections, "the answer was too small for this test"
+            answer = await asyncio.to_thread(read_all, connection)
+            head, _, rest = answer.partition(b"\r\n\r\n")
+            assert b"200 OK" in head and f"content-length: {len(rest)}".encode() in head.lower()
+            connection.close()
+
+    asyncio.run(scenario())
 
 
 def test_what_makes_no_tls_is_told_before_anything_starts(identity: tuple[str, str], tmp_path: Path) -> None:
