@@ -28,6 +28,13 @@ def gguf_folder(gguf: Path, root: Path) -> Path:
     return root / f"{gguf.stem}-{files_key(gguf)}-{CONVERSION}"
 
 
+def check_gguf(path: Path) -> None:
+    """Raises ModelLoadError for a file that is something else."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelLoadError(f"{path} is no GGUF file: give a Hugging Face folder, a GGUF file or a Hub id")
+
+
 def files_key(*paths: Path) -> str:
     """Changes when a file is another one: of paths, sizes and modification times."""
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -93,6 +100,7 @@ def present_folder(config: ModelConfig) -> Path:
     if config.model == "demo":
         folder: Path | None = demo_folder(cache_root(config))
     elif path.is_file():
+        check_gguf(path)
         folder = gguf_folder(path, cache_root(config))
     elif path.is_dir():
         if not (path / "config.json").is_file():

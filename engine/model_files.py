@@ -22,7 +22,7 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.errors import ModelLoadError, OctavoError
 from engine.hub import CheckFolder, hub_model
-from engine.model_cache import cache_root, demo_folder, files_key, gguf_folder, hub_cache, is_hub_id
+from engine.model_cache import cache_root, check_gguf, demo_folder, files_key, gguf_folder, hub_cache, is_hub_id
 from engine.stand_in_tokenizer import write_stand_in_tokenizer
 from engine.weight_files import check_weights, check_whole
 
@@ -262,9 +262,7 @@ def convert_gguf(gguf: Path, target: Path, report: Report) -> Path:
     """
     if (target / "config.json").is_file():
         return target
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelLoadError(f"{gguf} is no GGUF file: give a Hugging Face folder, a GGUF file or a Hub id")
+    check_gguf(gguf)
     with _new_folder(target) as temporary:
         _convert_gguf_into(gguf, temporary, report)
     return target

@@ -47,6 +47,12 @@ def test_a_model_of_the_hub_that_is_not_here_yet(place: Place) -> None:
     assert not any(each.path.endswith(".safetensors") for each in place.hub.fetched()), "no weights are fetched"
 
 
+def test_a_file_that_is_no_gguf(place: Place) -> None:
+    path = place.path / "model.gguf"
+    path.write_bytes(b"<html>")
+    assert asked(place, str(path))["error"].startswith(f"{path} is no GGUF file: give a Hugging Face folder")
+
+
 @pytest.mark.parametrize(
     ("name", "environ", "what", "remedy"),
     [
