@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from urllib.parse import urlsplit
 
@@ -40,7 +41,8 @@ def check_tracing(endpoint: str | None) -> None:
     traces_url(endpoint)
     if not all(map(_is_installed, _NEEDED)):
         raise ConfigError(
-            "traces need OpenTelemetry, which is not installed: pip install 'octavo[tracing]'", param="otlp_endpoint"
+            f"traces need OpenTelemetry, which is not installed: {sys.executable} -m pip install 'octavo[tracing]'",
+            param="otlp_endpoint",
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -303,6 +304,13 @@ def test_sampling(sampler: str, num_spans: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", sampler)
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.0")
     assert len(one_request("/v1/completions", {"prompt": "a"}).spans) == num_spans
+
+
+def test_without_opentelemetry_the_pip_that_helps_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pip of another environment finds no octavo."""
+    monkeypatch.setattr(otlp, "_NEEDED", ("opentelemetry.nothing_of_this_name",))
+    with pytest.raises(ConfigError, match=rf"not installed: {re.escape(sys.executable)} -m pip install 'octavo\[tracing\]'"):
+        otlp.check_tracing("http://localhost:4318")
 
 
 def test_a_collector_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
