@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -107,9 +108,13 @@ class EngineClient:
 
     async def _start_engine(self, earlier: EarlierLife | None) -> None:
         await self._supervisor.start(self._leave_engine, self._engine_died, earlier)
-        self._connection = EngineConnection(
-            self._supervisor.address, self._client_id, self._dispatch, self._deliver, self._reading_failed
-        )
+        try:
+            self._connection = EngineConnection(
+                self._supervisor.address, self._client_id, self._dispatch, self._deliver, self._reading_failed
+            )
+        except OSError as error:
+            self._end_useless(f"it cannot be connected to: {error.strerror}")
+            return
         if self._log_level is not None:  # which may have been set since this engine was told how to log
             self._send(SetLogLevel(self._log_level))
 
@@ -430,11 +435,15 @@ class EngineClient:
     async def _restart_engine(self, ready: EngineReady) -> None:
         """Start an engine that is like the last one, and end what runs out of time until it is ready."""
         earlier = EarlierLife(ready.num_blocks, ready.max_model_len, ready.free_device_bytes, ready.model_dir)
-        try:
-            await self._start_engine(earlier)
-        except OSError as error:
-            self._fail_engine(EngineUnavailable(f"the engine process cannot be started again: {error}"))
+        is_started, since_s = False, time.monotonic()
         while self.state == "recovering":
+            try:
+                if not is_started:
+                    await self._start_engine(earlier)
+                    is_started = True
+            except OSError as error:  # a want of files or memory passes
+                if time.monotonic() - since_s > self._supervisor.recovery.restart_wait_s:
+                    self._fail_engine(EngineUnavailable(f"the engine process cannot be started again: {error}"))
             await asyncio.sleep(OVERDUE_INTERVAL_S)
             self._open.end_overdue()
 

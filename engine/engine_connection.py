@@ -20,7 +20,10 @@ MAX_MESSAGES_A_TURN = 16
 
 
 class EngineConnection:
-    """on_message: called for each message; on_turn: after those that were there; on_error: with what either raised."""
+    """on_message: called for each message; on_turn: after those that were there; on_error: with what either raised.
+
+    Raises OSError where this process may open no more files.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,11 @@ class EngineConnection:
         self._read_again: asyncio.Handle | None = None
         self._is_open = True
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        try:
+            self._socket = self._context.socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise OSError(error.errno, error.strerror) from None
         self._socket.setsockopt(zmq.IDENTITY, identity.encode())
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -12,10 +13,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from engine import engine_connection
 from engine.client import EngineClient
 from engine.config import EngineConfig, ModelConfig
 from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError
@@ -274,5 +277,61 @@ def test_the_log_level_reaches_the_engine_and_those_after_it(model_dir: Path, ca
         finally:
             await client.stop()
         client.set_log_level("info")  # when all is over: nothing to do
+
+    asyncio.run(scenario())
+
+
+def test_a_want_of_files_or_memory_passes_while_an_engine_is_to_be_started_again(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with running(str(model_dir)) as client:
+            await client.wait_until_ready()
+            supervisor = client._supervisor
+            start, connect = supervisor.start, engine_connection.EngineConnection.__init__
+            refusals = iter([errno.EMFILE, errno.ENOMEM, None])
+            no_sockets = iter([True, False])
+
+            async def start_in_need(*arguments: Any) -> None:
+                if (number := next(refusals, None)) is not None:
+                    raise OSError(number, os.strerror(number))
+                await start(*arguments)
+
+            def connect_in_need(*arguments: Any) -> None:
+                if next(no_sockets, False):
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                connect(*arguments)
+
+            monkeypatch.setattr(supervisor, "start", start_in_need)
+            monkeypatch.setattr(engine_connection.EngineConnection, "__init__", connect_in_need)
+            stream = await client.generate([7, 8], SamplingParams(max_tokens=300))
+            await anext(aiter(stream))
+            assert supervisor.pid is not None
+            os.kill(supervisor.pid, signal.SIGKILL)
+            result = await collect(stream)
+            assert result[0][2] == "length" and client.state == "ready"
+            assert next(no_sockets, None) is None
+
+    asyncio.run(scenario())
+    assert "it cannot be connected to: Too many open files" in caplog.text
+
+
+def test_an_engine_that_cannot_be_started_again_for_long_ends_the_server(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with running(str(model_dir)) as client:
+            await client.wait_until_ready()
+            supervisor = client._supervisor
+            supervisor.recovery = msgspec.structs.replace(supervisor.recovery, restart_wait_s=0.1)
+
+            async def refuse(*_: Any) -> None:
+                raise OSError(errno.ENOENT, "there is no Python any more")
+
+            monkeypatch.setattr(supervisor, "start", refuse)
+            assert supervisor.pid is not None
+            os.kill(supervisor.pid, signal.SIGKILL)
+            await until(lambda: client.state == "failed")
+            assert client.failure is not None and "there is no Python any more" in client.failure.message
 
     asyncio.run(scenario())
