@@ -19,7 +19,7 @@ BOUNDED_PATTERNS = (
     ("^é?z$", 3),
 )
 PATTERNS = ("^[A-Z][a-z]*$", "[0-9]", "^(x|y)+$", "ab", "^\\w+@\\w+$")
-BOUNDED_FORMATS = (("date", 10), ("ipv4", 15), ("uuid", 36))
+BOUNDED_FORMATS = (("date", 10), ("ipv4", 15), ("uuid", 36), ("time", 24), ("date-time", 35), ("duration", 64))
 FORMATS = ("date-time", "time", "email", "hostname", "ipv6", "duration", "uri")
 NAMES = ("a", "b", "name", "id", "two words", "é", 'q"', "x-y", "tags", "value", "$ref", "type", "not")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from engine.errors import InvalidRequest
@@ -50,6 +50,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
+# Characters of the longest one, where the library's own reading has none, since an answer is to end: seconds with nine decimals,
+# and what RFC 5321 and 1035 let an address and a name have.
+FORMAT_LENGTHS = {"date-time": 35, "duration": 64, "email": 254, "hostname": 253, "time": 24}
 DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 
 MAX_DEPTH = 100  # of nested arrays and objects
@@ -150,14 +153,23 @@ class _Copy:
             copy = {"anyOf" if keyword == "oneOf" else keyword: value for keyword, value in copy.items()}
         return copy
 
-    def _check_type(self, schema: Mapping[str, Any]) -> None:
+    def _check_type(self, schema: dict[str, Any]) -> None:
         types = schema.get("type", "string")
         types = types if isinstance(types, list) else [types]
         if not all(isinstance(name, str) and name in TYPES for name in types):
             self._refuse(f"has a type that is none of {', '.join(TYPES)}")
         # A format says something about strings only; OpenAPI has some for numbers.
-        if "format" in schema and "string" in types and schema["format"] not in FORMATS:
-            self._refuse(f"has a format that is not supported; those that are: {', '.join(FORMATS)}")
+        if "format" in schema and "string" in types:
+            self._check_format(schema)
+
+    def _check_format(self, schema: dict[str, Any]) -> None:
+        name, has_pattern = schema["format"], isinstance(schema.get("pattern"), str)
+        if name not in FORMATS:
+            if not has_pattern:
+                self._refuse(f"has a format that is not supported; those that are: {', '.join(FORMATS)}")
+            del schema["format"]  # a name for the pattern, as zod writes startsWith
+        elif name in FORMAT_LENGTHS and not has_pattern and not schema.keys() & {"minLength", "maxLength"}:
+            schema["maxLength"] = FORMAT_LENGTHS[name]
 
     def _check_bounds(self, schema: dict[str, Any]) -> None:
         """Draft 4 says with true that a bound is exclusive. And the grammar library takes 3 for a number above 3 and below 3.5:

@@ -13,7 +13,7 @@ import pytest
 from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
 from server.api.body import validate
-from server.api.json_schema import FORMATS, MAX_DEPTH, SUPPORTED, UNSUPPORTED, checked_schema
+from server.api.json_schema import FORMAT_LENGTHS, FORMATS, MAX_DEPTH, SUPPORTED, UNSUPPORTED, checked_schema
 from server.api.structured import StructuredFields, to_lark
 from tests.server.conftest import Api
 
@@ -249,6 +249,31 @@ def test_what_asks_for_nothing_or_is_no_keyword_is_left_alone() -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_known_to_the_library(name: str) -> None:
     assert schema_accepts({"type": "string", "format": name}, '"?"') == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "longer"),
+    [
+        ("time", "10:10:10.123456789+01:00", "10:10:10.1234567890+01:00"),
+        ("date-time", "2026-01-31T10:10:10.123456789-01:00", "2026-01-31T10:10:10.1234567890-01:00"),
+        ("duration", f"P{'1' * 62}D", f"P{'1' * 63}D"),
+        ("email", f"{'a' * 64}@{'b' * 63}.{'c' * 63}.{'d' * 61}", f"{'a' * 64}@{'b' * 63}.{'c' * 63}.{'d' * 62}"),
+        ("hostname", ".".join(["a" * 63] * 3 + ["b" * 61]), ".".join(["a" * 63] * 3 + ["b" * 62])),
+    ],
+)
+def test_a_format_has_a_longest_answer(name: str, longest: str, longer: str) -> None:
+    """A model that likes zeros would fill any budget with a second's decimals."""
+    assert schema_accepts({"type": "string", "format": name}, f'"{longest}"', f'"{longer}"') == [True, False]
+    assert len(longest) == FORMAT_LENGTHS[name]
+    assert schema_accepts({"type": "string", "format": name, "maxLength": 300}, f'"{longer}"') == [True]
+
+
+def test_a_format_that_only_names_a_pattern() -> None:
+    """As zod writes startsWith, nanoid and others of its own."""
+    schema = {"type": "string", "format": "starts_with", "pattern": "^ab.{0,2}$"}
+    assert schema_accepts(schema, '"abc"', '"bc"') == [True, False]
+    with pytest.raises(InvalidRequest, match="format that is not supported"):
+        checked_schema({"type": "string", "format": "starts_with"}, "schema")
 
 
 def test_draft_4_says_exclusive_with_true() -> None:
