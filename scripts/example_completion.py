@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = args.model or client.models.list().data[0].id
         complete(client, model, args.prompt, max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    except openai.APIConnectionError as error:
+        print(f"\n{args.base_url} did not answer: {error} Is a server running there (scripts/serve)?", file=sys.stderr)
+        return 1
     except openai.OpenAIError as error:
-        print(f"{args.base_url} did not answer: {error}", file=sys.stderr)
+        print(f"\n{args.base_url} answered with an error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -92,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         model = args.model or client.models.list().data[0].id
         saved = talk(client, model, turns=args.turns, temperature=args.temperature, seed=args.seed)
+    except openai.APIConnectionError as error:
+        print(f"\n{args.base_url} did not answer: {error} Is a server running there (scripts/serve)?", file=sys.stderr)
+        return 1
     except openai.OpenAIError as error:
-        print(f"\n{args.base_url} did not answer: {error}", file=sys.stderr)
+        print(f"\n{args.base_url} answered with an error: {error}", file=sys.stderr)
         return 1
     share = saved.cached_tokens / max(saved.prompt_tokens, 1)
     print(

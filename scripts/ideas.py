@@ -120,6 +120,8 @@ class Idea:
 
 def run(idea: Idea, argv: Sequence[str] | None = None) -> int:
     """Measure (or read figures), print the tables, draw the plots and write the page; the exit status."""
+    from engine.errors import OctavoError
+
     args = make_parser(idea).parse_args(argv)
     out = args.out or (None if args.smallest else ROOT / "docs" / "ideas")
     if not has_matplotlib() and out is not None:
@@ -133,7 +135,7 @@ def run(idea: Idea, argv: Sequence[str] | None = None) -> int:
         out = None
     try:
         record = read_figures(idea, args.from_json) if args.from_json else measure(idea, args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OctavoError) as error:
         print(f"{idea.script}: {error}", file=sys.stderr)
         return 2
     if args.json:
@@ -176,6 +178,13 @@ def make_parser(idea: Idea) -> argparse.ArgumentParser:
     if idea.arguments:
         idea.arguments(parser)
     return parser
+
+
+def positive(text: str) -> int:
+    """A flag's number of tokens."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def resolve_device(device: str) -> str:
@@ -280,9 +289,14 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str = "sequence lengt
 
 
 def log_axis(axes: Axes, label: str) -> None:
-    """A logarithmic y axis whose ticks are plain numbers."""
+    """A logarithmic y axis, around what is drawn already, whose ticks are plain numbers: more of them where it is short."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
     axes.yaxis.set_major_formatter(lambda value, position: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel(label)
 
 
@@ -292,11 +306,15 @@ def draw(plot: Plot, results: Results, footer: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     with matplotlib.rc_context(_STYLE):
         figure = pyplot.figure(figsize=(plot.width, plot.height), layout="constrained")
         figure.get_layout_engine().set(rect=(0.0, 0.3 / plot.height, 1.0, 1.0 - 0.35 / plot.height))  # type: ignore[union-attr,call-arg]
         plot.draw(results, figure)
+        for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
+            if isinstance(axis.get_major_formatter(), ScalarFormatter):
+                axis.set_major_formatter(lambda value, position: f"{value:,.10g}")  # thousands apart, as in the tables
         figure.text(0.01, 0.06 / plot.height, footer, fontsize=7.5, color="#5F6368", va="bottom")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Continuous against static batching: throughput, latency under a Poisson load, and who held which slot when.
 
-    scripts/ideas_batching.py
+    .venv/bin/python scripts/ideas_batching.py
 
 A static batch is made of what waits when the engine has nothing to do; nobody joins it, and the next one begins when its last
 request has ended. With iteration-level scheduling (Orca, OSDI '22) a request joins at the next step after a slot is free. Both
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import ideas_engine
 import numpy as np
 from dummy_model import SHAPES
-from ideas import BLUE, COLOURS, GREY, INK, ORANGE, Idea, Plot, Results, Table, number, percent, progress, run
+from ideas import BLUE, COLOURS, GREY, INK, ORANGE, Idea, Plot, Results, Table, log_axis, number, percent, progress, run
 from ideas_engine import Answer, InstantRunner, Load, output_tokens, random_prompt
 
 from engine.config import CacheConfig
@@ -350,10 +350,8 @@ def draw(results: Results, figure: Figure) -> None:
         fontsize=8,
         color=INK,
     )
-    curves.set_yscale("log")
-    curves.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    log_axis(curves, "time to first token, seconds")
     curves.set_xlabel("requests per second (Poisson)")
-    curves.set_ylabel("time to first token, seconds")
     curves.set_title("Latency against load")
     curves.set_xlim(left=0)
     curves.margins(y=0.15)

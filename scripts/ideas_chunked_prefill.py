@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Chunked prefill: how long those who are being answered wait for their next token while long prompts arrive.
 
-    scripts/ideas_chunked_prefill.py
-    scripts/ideas_chunked_prefill.py --prompt-tokens 4096 --chunks 128 512
+    .venv/bin/python scripts/ideas_chunked_prefill.py
+    .venv/bin/python scripts/ideas_chunked_prefill.py --prompt-tokens 4096 --chunks 128 512
 
 A step takes as long as its tokens need, and everybody in it gets the next token when it ends. A long prompt that is computed
 whole makes one long step. Cut into chunks that ride along with the decodes (Sarathi-Serve, OSDI '24), it makes many steps that
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import ideas_engine
 import numpy as np
 from dummy_model import SHAPES
-from ideas import BLUE, GREEN, GREY, ORANGE, SKY, Idea, Plot, Results, Table, log_axis, number, progress, run
+from ideas import BLUE, GREEN, GREY, ORANGE, SKY, Idea, Plot, Results, Table, log_axis, number, positive, progress, run
 from ideas_engine import Answer, Load, TimedRunner, gaps_s, output_tokens, random_prompt
 
 from engine.build import _limits
@@ -370,8 +370,8 @@ def draw_line(axes: Axes, values: Sequence[float], num_fixed: int, colour: str, 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--prompt-tokens", type=int, help="of each long prompt")
-    parser.add_argument("--chunks", type=int, nargs="+", help="tokens a step, a side each")
+    parser.add_argument("--prompt-tokens", type=positive, help="of each long prompt")
+    parser.add_argument("--chunks", type=positive, nargs="+", help="tokens a step, a side each")
 
 
 IDEA = Idea(

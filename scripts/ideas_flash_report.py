@@ -26,9 +26,11 @@ def curve(records: Sequence[dict[str, Any]], kind: str, what: str) -> tuple[list
     return [length for length, _ in points], [value for _, value in points]
 
 
-def power(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """The exponent of growth over the last doubling(s): 1 is linear, 2 quadratic."""
-    return math.log(values[-1] / values[-2]) / math.log(lengths[-1] / lengths[-2])
+def power(lengths: Sequence[int], values: Sequence[float]) -> str:
+    """The exponent of growth over the last doubling(s): 1 is linear, 2 quadratic. A dash where fewer than two lengths fit."""
+    if len(lengths) < 2:
+        return "–"
+    return f"{math.log(values[-1] / values[-2]) / math.log(lengths[-1] / lengths[-2]):.2f}"
 
 
 def main_curve(results: Results, is_causal: bool) -> list[dict[str, Any]]:
@@ -86,7 +88,7 @@ def curve_table(results: Results, is_causal: bool) -> Table:
             ]
         )
     powers = [curve(records, kind, "peak_bytes") for kind in kinds]
-    rows.append(["grows as length to the", *(f"{power(*points):.2f}" for points in powers), "", *[""] * len(kinds)])
+    rows.append(["grows as length to the", *(power(*points) for points in powers), "", *[""] * len(kinds)])
     heads, dim = shape.split("x")
     of = f"{heads} heads of {dim}, {results['dtype']}"
     title = f"{'Causal' if is_causal else 'Not causal'}, {of}: memory of a call, and its time in ms"
@@ -160,16 +162,18 @@ def core_table(results: Results) -> Table:
 def summary(results: Results) -> str:
     records = main_curve(results, True)
     engine, standard = curve(records, "engine", "peak_bytes"), curve(records, "standard", "peak_bytes")
+    last = max(r["length"] for r in records)
+    if not standard[0]:
+        return f"Standard attention over {min(r['length'] for r in records):,} tokens does not fit."
     longest = standard[0][-1]
     times = [found(records, kind=kind, length=longest) for kind in ("standard", "engine")]
     assert times[0] is not None and times[1] is not None
-    last = max(r["length"] for r in records)
     limit = "" if last == longest else f" Standard attention over {last:,} tokens does not fit."
+    growth = f" Memory grows as length to the {power(*standard)} with the one and to the {power(*engine)} with the other."
     return (
         f"At {longest:,} tokens standard attention takes {size(standard[1][-1])} and {number(1000 * times[0]['seconds'])} ms, "
         f"the engine's kernel {size(times[1]['peak_bytes'])} ({percent(saving(records, length=longest))} less) and "
-        f"{number(1000 * times[1]['seconds'])} ms. Memory grows as length to the {power(*standard):.2f} with the one and to "
-        f"the {power(*engine):.2f} with the other.{limit}"
+        f"{number(1000 * times[1]['seconds'])} ms.{growth if len(standard[0]) > 1 else ''}{limit}"
     )
 
 
@@ -181,7 +185,7 @@ def draw(results: Results, figure: Figure) -> None:
     for kind, (label, colour, marker) in KINDS.items():
         for axes, what, unit in ((memory, "peak_bytes", 2**20), (speed, "seconds", 1e-3)):
             at, values = curve(records, kind, what)
-            grows = f": grows as length$^{{{power(at, values):.2f}}}$" if axes is memory else ""
+            grows = f": grows as length$^{{{power(at, values)}}}$" if axes is memory and len(at) > 1 else ""
             axes.plot(at, [value / unit for value in values], color=colour, marker=marker, label=label + grows)
     for axes, what, unit in ((memory, "peak_bytes", 2**20), (speed, "seconds", 1e-3)):
         mark_misfits(axes, records, what, unit)
@@ -192,7 +196,7 @@ def draw(results: Results, figure: Figure) -> None:
     memory.set_title(f"Memory, causal, {heads} heads of {dim}, {results['dtype']}")
     speed.set_title("Time")
     memory.legend(loc="upper left")
-    speed.legend(loc="upper left")
+    speed.legend(loc="lower right")  # times rise from the lower left
     memory.margins(y=0.12)
     speed.margins(y=0.12)
     for length in lengths[1::2]:
@@ -200,13 +204,21 @@ def draw(results: Results, figure: Figure) -> None:
         if saved is not None and flash is not None:
             place = (length, flash["peak_bytes"] / 2**20)
             memory.annotate(
-                f"{percent(saved)} saved", place, textcoords="offset points", xytext=(4, -15), ha="center", fontsize=8
+                f"{percent(saved)} saved",
+                place,
+                textcoords="offset points",
+                xytext=(4, -15),
+                ha="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             )
 
 
 def mark_misfits(axes: Axes, records: Sequence[dict[str, Any]], what: str, unit: float) -> None:
     """A grey cross where the curve of standard attention would go on."""
     lengths, values = curve(records, "standard", what)
+    if not lengths:
+        return
     for record in records:
         if record["kind"] == "standard" and not record.get("fits", True):
             value = values[-1] / unit * (record["length"] / lengths[-1]) ** 2

@@ -30,6 +30,7 @@ from ideas import (
     length_axis,
     log_axis,
     number,
+    positive,
     progress,
     run,
     size,
@@ -241,11 +242,18 @@ def ratio(point: dict[str, Any]) -> float:
 def summary(results: Results) -> str:
     first, last = results["points"][0], results["points"][-1]
     weights = " (random weights)" if results["random_weights"] else ""
+    growth = (
+        ""
+        if first is last
+        else (
+            f" and {ratio(last):.0f} times as long at {last['length']:,}; with it, a token at {last['length']:,} takes "
+            f"{last['with']['seconds_per_token'] / first['with']['seconds_per_token']:.2g} times what it takes at "
+            f"{first['length']:,}"
+        )
+    )
     return (
         f"{results['model']}{weights}: without the cache a token takes {ratio(first):.1f} times as long at {first['length']:,} "
-        f"tokens and {ratio(last):.0f} times as long at {last['length']:,}; with it, a token at {last['length']:,} takes "
-        f"{last['with']['seconds_per_token'] / first['with']['seconds_per_token']:.2g} times what it takes at "
-        f"{first['length']:,}. The cache holds {size(results['kv_bytes_per_token'])} a token."
+        f"tokens{growth}. The cache holds {size(results['kv_bytes_per_token'])} a token."
     )
 
 
@@ -304,9 +312,14 @@ def first_of(rows: list[dict[str, Any]], *, windowed: bool) -> int:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--lengths", type=int, nargs="+", help="prompt tokens before the first token")
+    parser.add_argument("--lengths", type=positive, nargs="+", help="prompt tokens before the first token")
     parser.add_argument(
-        "--tokens", type=int, nargs=2, default=[16, 2], metavar=("WITH", "WITHOUT"), help="gaps to measure a length, by side"
+        "--tokens",
+        type=positive,
+        nargs=2,
+        default=[16, 2],
+        metavar=("WITH", "WITHOUT"),
+        help="gaps to measure a length, by side",
     )
 
 

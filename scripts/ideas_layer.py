@@ -32,6 +32,7 @@ from ideas import (
     Table,
     number,
     percent,
+    positive,
     progress,
     run,
     size,
@@ -321,7 +322,7 @@ def draw_speeds(axes: Axes, results: Results) -> None:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--contexts", type=int, nargs="+", help="tokens before the one that is measured")
+    parser.add_argument("--contexts", type=positive, nargs="+", help="tokens before the one that is measured")
 
 
 IDEA = Idea(

@@ -11,8 +11,9 @@ further keys with scores s and values v gives
     o' = o exp(m - m') + exp(s - m') v
 
 and after the last tile o / l is the result: not an approximation, the same sum in another order. So only one tile of scores
-exists at any moment, small enough for the fast memory of a multiprocessor or a core (FlashAttention, algorithm 1 of
-https://arxiv.org/abs/2205.14135), and memory grows with the length alone.
+exists at any moment, small enough for the fast memory of a multiprocessor or a core (FlashAttention,
+https://arxiv.org/abs/2205.14135), and memory grows with the length alone. The order of the loops, all keys for a tile of
+queries and the division at the end, is that of FlashAttention-2 (algorithm 1 of https://arxiv.org/abs/2307.08691).
 
 The references of the paged kernels (`prefill_attention_reference`, `decode_attention_reference`) are `tiled_attention` over
 keys and values gathered from their pages, and it is tested against `standard_attention` and torch's own.

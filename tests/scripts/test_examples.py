@@ -44,6 +44,13 @@ def test_two_talk_in_turns_and_the_cache_serves_what_was_said(base_url: str, cap
     assert cached > prompt / 2
 
 
+def test_a_refusal_is_told_as_one(base_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for program in (example_completion, example_dialogue):
+        assert program.main(["--base-url", base_url, "--model", "no-such-model"]) == 1
+        error = capsys.readouterr().err
+        assert f"{base_url} answered with an error" in error and "404" in error
+
+
 def test_a_server_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     for program in (example_completion, example_dialogue):

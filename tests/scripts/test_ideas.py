@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import ideas
+import ideas_flash_attention
+import ideas_kv_cache
 import pytest
+
+from engine.errors import ModelLoadError
 
 
 def idea(measured: list[argparse.Namespace] | None = None) -> ideas.Idea:
@@ -75,3 +81,39 @@ def test_only_the_named_part_of_a_page_is_replaced() -> None:
     assert ideas.replace_part(page, "b cpu", "new") is None
     new = ideas.replace_part(page, "a cuda", r"new \1")
     assert new == "<!-- figures: a cpu -->\n1\n<!-- end -->\n<!-- figures: a cuda -->\n\nnew \\1\n\n<!-- end -->\n"
+
+
+def test_what_the_engine_refuses_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def measure(args: argparse.Namespace) -> ideas.Results:
+        raise ModelLoadError("there is no such model")
+
+    assert ideas.run(replace(idea(), measure=measure), ["--device", "cpu", "--smallest"]) == 2
+    assert capsys.readouterr().err == "scripts/ideas_some_idea.py: there is no such model\n"
+
+
+@pytest.mark.parametrize("script", [ideas_kv_cache, ideas_flash_attention])
+@pytest.mark.parametrize("length", ["0", "-1", "x"])
+def test_lengths_are_positive(script: ModuleType, length: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ideas.run(script.IDEA, ["--smallest", "--lengths", length])
+    assert f"must be a whole number from 1 on, got '{length}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [((0.16, 2.4), ["0.1", "0.2", "0.5", "1", "2"]), ((0.1, 20_000), ["0.1", "1", "10", "100", "1,000", "10,000"])],
+)
+def test_ticks_of_a_logarithmic_axis_are_plain_numbers(values: tuple[float, float], ticks: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([1, 2], values)
+    ideas.log_axis(axes, "seconds")
+    FigureCanvasAgg(figure).draw()
+    low, high = axes.get_ylim()
+    shown = [tick.label1.get_text() for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert set(shown) <= set(ticks) and len(shown) >= len(ticks) - 1
+    assert not any(tick.label1.get_text() for tick in axes.yaxis.get_minor_ticks())

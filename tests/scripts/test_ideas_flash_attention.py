@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import ideas
@@ -75,3 +76,34 @@ def test_a_length_that_does_not_fit_is_marked_in_the_table(results: dict[str, An
     cut["cases"] = longer + cut["cases"]
     assert any("does not fit" in row for row in ideas_flash_attention.IDEA.tables(cut)[0].rows)
     assert "1,024 tokens does not fit" in ideas_flash_attention.IDEA.summary(cut)
+
+
+@pytest.mark.parametrize("shape", ["3", "3x", "x64", "0x64", "3 x 64", "3x64x2"])
+def test_a_shape_is_heads_and_a_size(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ideas.run(ideas_flash_attention.IDEA, ["--smallest", "--shapes", shape])
+    assert f"must be like 8x128, got '{shape}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_one_length_alone_has_no_growth(results: dict[str, Any], fits: bool, tmp_path: Path) -> None:
+    """As from `--lengths 512`, and where standard attention does not fit at all."""
+    alone = json.loads(json.dumps(results))
+    alone["cases"] = [record for record in alone["cases"] if record["length"] == 512]
+    for record in alone["cases"]:
+        if record["kind"] == "standard" and not fits:
+            del record["peak_bytes"], record["seconds"], record["error"]
+            record["fits"] = False
+    idea = ideas_flash_attention.IDEA
+    assert set(idea.tables(alone)[0].rows[-1][1:]) == {"–", ""}
+    assert ("grows" in idea.summary(alone), "does not fit" in idea.summary(alone)) == (False, not fits)
+    pytest.importorskip("matplotlib")
+    ideas.draw(idea.plots[""], alone, "here", tmp_path / "alone.png")
+
+
+def test_a_gpu_gets_its_queries_keys_and_values_as_a_merged_projection_makes_them() -> None:
+    q, k, v = (torch.full((5, 3, 8), float(i)) for i in range(3))
+    views = ideas_flash_attention.as_projected(q, k, v)
+    assert all(torch.equal(view, x) for view, x in zip(views, (q, k, v), strict=True))
+    assert {view.untyped_storage().data_ptr() for view in views} == {views[0].untyped_storage().data_ptr()}
+    assert {view.stride() for view in views} == {(3 * 3 * 8, 8, 1)}
