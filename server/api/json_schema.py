@@ -50,8 +50,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 TYPES = ("array", "boolean", "integer", "null", "number", "object", "string")
 FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid")
-# Characters of the longest one, where the library's own reading has none, since an answer is to end: seconds with nine decimals,
-# and what RFC 5321 and 1035 let an address and a name have.
+# Characters of the longest one, where the library knows none, since an answer is to end: seconds with nine decimals, and what
+# RFC 5321 and 1035 let an address and a name have.
 FORMAT_LENGTHS = {"date-time": 35, "duration": 64, "email": 254, "hostname": 253, "time": 24}
 DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 
