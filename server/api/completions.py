@@ -134,7 +134,12 @@ class _Answer:
         body.check_prompt_options()
         tokenizer = state.client.tokenizer
         tokens = await read_prompts(
-            body.prompt, tokenizer, ready, suffix=body.suffix, add_special_tokens=body.add_special_tokens
+            body.prompt,
+            tokenizer,
+            ready,
+            suffix=body.suffix,
+            may_be_empty=True,
+            add_special_tokens=body.add_special_tokens,
         )
         prompts = _prompts(body, tokens, tokenizer, ready)
         answer = cls(body, model, tokenizer, prompts)

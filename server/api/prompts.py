@@ -54,12 +54,14 @@ async def read_prompts(
     *,
     add_special_tokens: bool,
     suffix: str = "",
+    may_be_empty: bool = False,
     param: str = "prompt",
     hint: str = "",
 ) -> list[PromptTokens]:
     """Every prompt of the field `param`. A text that is long in all is tokenized in a thread. Raises InvalidRequest.
 
-    hint: what is added to the error about ids outside the vocabulary.
+    may_be_empty: an empty text will do where the tokenizer begins each with a token of its own. hint: what is added to the
+    error about ids outside the vocabulary.
     """
     single = isinstance(given, str) or (isinstance(given, list) and bool(given) and not isinstance(given[0], str | list))
     prompts = [given] if single else given
@@ -70,7 +72,7 @@ async def read_prompts(
         raise InvalidRequest(f"{param} may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", param=param)
     names = [param] if single else [f"{param}[{index}]" for index in range(len(prompts))]
     for prompt, name in zip(prompts, names, strict=True):
-        _check_prompt(prompt, name, param, first=prompts[0], suffix=suffix)
+        _check_prompt(prompt, name, param, first=prompts[0], suffix=suffix, may_be_empty=may_be_empty)
 
     def encode(text: str) -> list[int]:
         if suffix:
@@ -89,11 +91,11 @@ async def read_prompts(
     return encoded
 
 
-def _check_prompt(prompt: object, name: str, param: str, *, first: object, suffix: str) -> None:
+def _check_prompt(prompt: object, name: str, param: str, *, first: object, suffix: str, may_be_empty: bool) -> None:
     if type(prompt) is not type(first):
         raise WrongType(f"{name} is {json_type(prompt)}, {param}[0] {json_type(first)}: use one.", param=param)
     if isinstance(prompt, str):
-        if not prompt and not suffix:
+        if not (prompt or suffix or may_be_empty):
             raise InvalidRequest(f"{name} is empty; give at least one token.", param=param, code="empty_prompt")
         return
     if not isinstance(prompt, list):

@@ -222,6 +222,18 @@ def test_add_special_tokens(api: Api) -> None:
     assert api.client.prompts == [[tokenizer.token_id("<bos>"), *plain], plain]
 
 
+def test_an_empty_prompt_is_one_where_the_tokenizer_begins_texts(api: Api) -> None:
+    """So a base model writes from the beginning of a document."""
+    use_tokenizer(api, tokenizer := marked_tokenizer([], "<bos>"))
+    choice = api.complete(prompt="", echo=True).json()["choices"][0]
+    assert api.client.prompts == [[tokenizer.token_id("<bos>")]] and choice["text"]
+    assert api.complete(prompt=["", "a"]).is_success
+    for options in ({"prompt": "", "add_special_tokens": False}, {"prompt": [[]]}):
+        assert error_of(api.complete(**options), 400)["code"] == "empty_prompt"
+    use_tokenizer(api, marked_tokenizer([]))
+    assert error_of(api.complete(prompt=""), 400)["code"] == "empty_prompt"
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_request_id_names_the_answer(api: Api, stream: bool) -> None:
     response = api.complete(prompt="a", request_id="my-1", stream=stream)
