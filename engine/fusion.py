@@ -231,6 +231,28 @@ def _mix(q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor) -> torch
     return q_THD + (0.5 * k_TKD + v_TKD).repeat_interleave(groups, dim=1)
 
 
+def _original_output(
+    module: Any,
+    decoder: Any,
+    layer_type: str | None,
+    hidden_TE: torch.Tensor,
+    positions_T: torch.Tensor,
+    attention: StepAttention | _MixingStub,
+) -> torch.Tensor:
+    """float32 [T, E]: what the layer makes of it as transformers has it."""
+    extra = (layer_type,) if isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict) else ()
+    output: Any = module(
+        hidden_TE[None].clone(),
+        position_ids=positions_T[None],
+        position_embeddings=decoder.rotary_emb(hidden_TE[None], positions_T[None], *extra),
+        attention_mask=None,
+        use_cache=False,
+        paged_attention=attention,
+    )
+    first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return first[0].float()
+
+
 def _difference(module: Any, layer: FusedLayer, decoder: Any, layer_type: str | None) -> float:
     """Relative error of the fused layer's output, on random input, with `_mix` in the place of attention."""
     weight, spec = layer.qkv.weight, layer.spec
@@ -239,16 +261,7 @@ def _difference(module: Any, layer: FusedLayer, decoder: Any, layer_type: str | 
     shape = (len(_PROBE_POSITIONS), weight.shape[1])
     hidden = torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(weight.dtype)
     positions = torch.tensor(_PROBE_POSITIONS, device=device)
-    extra = (layer_type,) if isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict) else ()
-    expected: Any = module(
-        hidden[None].clone(),
-        position_ids=positions[None],
-        position_embeddings=decoder.rotary_emb(hidden[None], positions[None], *extra),
-        attention_mask=None,
-        use_cache=False,
-        paged_attention=_MixingStub(),
-    )
-    expected = (expected[0] if isinstance(expected, tuple) else expected)[0].float()
+    expected = _original_output(module, decoder, layer_type, hidden, positions, _MixingStub())
     block_size = 16
     pages = torch.zeros(2, 1, spec.num_kv_heads, block_size, spec.head_dim, dtype=weight.dtype, device=device)
     table = torch.zeros(1, max(_PROBE_POSITIONS) // block_size + 1, dtype=torch.int32, device=device)
@@ -270,22 +283,13 @@ def _native_difference(module: Any, layer: FusedLayer, decoder: Any, layer_type:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((_PROBE_TOKENS, weight.shape[1]), generator=generator).to(weight.dtype)
     positions = torch.arange(_PROBE_TOKENS)
-    extra = (layer_type,) if isinstance(getattr(decoder.rotary_emb, "rope_type", None), dict) else ()
     groups = group_layers([spec], _PROBE_PAGE, weight.dtype.itemsize)
     batch = RaggedBatch([_PROBE_TOKENS], [0], ([[1, 2]],))
     exact = SdpaBackend([spec], groups, _PROBE_PAGE, weight.dtype, torch.device("cpu"))
     native = NativeBackend([spec], groups, _PROBE_PAGE, weight.dtype, torch.device("cpu"), kernels=kernels)
     exact.allocate([2])
     native.allocate([2])
-    expected: Any = module(
-        hidden[None].clone(),
-        position_ids=positions[None],
-        position_embeddings=decoder.rotary_emb(hidden[None], positions[None], *extra),
-        attention_mask=None,
-        use_cache=False,
-        paged_attention=StepAttention.of(exact, batch),
-    )
-    expected = (expected[0] if isinstance(expected, tuple) else expected)[0].float()
+    expected = _original_output(module, decoder, layer_type, hidden, positions, StepAttention.of(exact, batch))
     packed = NativeLayer(layer, kernels, native, "float32" if weight.dtype == torch.float32 else "bfloat16")
     residual = hidden.float()
     actual = NativeDecoder(decoder.embed_tokens, [packed], None, kernels).run(residual.clone(), native.prepare(batch))

@@ -180,6 +180,17 @@ def make_parser(idea: Idea) -> argparse.ArgumentParser:
     return parser
 
 
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a script that loads a model with `ideas_engine.load`."""
+    parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+
+
+def model_name(model: str) -> str:
+    """What a reader knows it by."""
+    return "SmolLM2-135M-Instruct" if model == "demo" else model
+
+
 def positive(text: str) -> int:
     """A flag's number of tokens."""
     if not text.isdecimal() or int(text) == 0:

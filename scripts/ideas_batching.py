@@ -26,7 +26,24 @@ from typing import TYPE_CHECKING, Any
 import ideas_engine
 import numpy as np
 from dummy_model import SHAPES
-from ideas import BLUE, COLOURS, GREY, INK, ORANGE, Idea, Plot, Results, Table, log_axis, number, percent, progress, run
+from ideas import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    ORANGE,
+    Idea,
+    Plot,
+    Results,
+    Table,
+    log_axis,
+    model_flags,
+    model_name,
+    number,
+    percent,
+    progress,
+    run,
+)
 from ideas_engine import Answer, InstantRunner, Load, output_tokens, random_prompt
 
 from engine.config import CacheConfig
@@ -150,7 +167,7 @@ def measure(args: argparse.Namespace) -> Results:
                 runs.append({**serve(engine, policy, arriving), "load": share, "rate": share * rate})
                 bar.update()
     return {
-        "model": model,
+        "model": model_name(model),
         "random_weights": model in SHAPES,
         "slots": scale.slots,
         "num_requests": len(loads),
@@ -359,8 +376,7 @@ def draw(results: Results, figure: Figure) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model_flags(parser)
 
 
 IDEA = Idea(

@@ -27,7 +27,24 @@ from typing import TYPE_CHECKING, Any
 import ideas_engine
 import numpy as np
 from dummy_model import SHAPES
-from ideas import BLUE, GREEN, GREY, ORANGE, SKY, Idea, Plot, Results, Table, log_axis, number, positive, progress, run
+from ideas import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    SKY,
+    Idea,
+    Plot,
+    Results,
+    Table,
+    log_axis,
+    model_flags,
+    model_name,
+    number,
+    positive,
+    progress,
+    run,
+)
 from ideas_engine import Answer, Load, TimedRunner, gaps_s, output_tokens, random_prompt
 
 from engine.build import _limits
@@ -108,7 +125,7 @@ def measure(args: argparse.Namespace) -> Results:
     for each in runs:
         del each["texts"]
     return {
-        "model": "SmolLM2-135M-Instruct" if scale.model == "demo" else scale.model,
+        "model": model_name(scale.model),
         "random_weights": scale.model in SHAPES,
         "dtype": engine.ready.dtype,
         "num_running": scale.num_running,
@@ -368,8 +385,7 @@ def draw_line(axes: Axes, values: Sequence[float], num_fixed: int, colour: str, 
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model_flags(parser)
     parser.add_argument("--prompt-tokens", type=positive, help="of each long prompt")
     parser.add_argument("--chunks", type=positive, nargs="+", help="tokens a step, a side each")
 

@@ -29,6 +29,8 @@ from ideas import (
     Table,
     length_axis,
     log_axis,
+    model_flags,
+    model_name,
     number,
     positive,
     progress,
@@ -120,7 +122,7 @@ def measure(args: argparse.Namespace) -> Results:
         points.append({"length": length, "with": with_cache, "without": without, "equal_tokens": num_equal})
     ready = engine.ready
     return {
-        "model": "SmolLM2-135M-Instruct" if model == "demo" else SHAPE_NAMES.get(model, model),
+        "model": SHAPE_NAMES.get(model, model_name(model)),
         "random_weights": model in SHAPES,
         "dtype": ready.dtype,
         "kv_bytes_per_token": sum(group.bytes_per_block for group in engine.groups) / BLOCK_SIZE,
@@ -310,8 +312,7 @@ def first_of(rows: list[dict[str, Any]], *, windowed: bool) -> int:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model_flags(parser)
     parser.add_argument("--lengths", type=positive, nargs="+", help="prompt tokens before the first token")
     parser.add_argument(
         "--tokens",

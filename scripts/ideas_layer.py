@@ -30,6 +30,8 @@ from ideas import (
     Plot,
     Results,
     Table,
+    model_flags,
+    model_name,
     number,
     percent,
     positive,
@@ -110,7 +112,7 @@ def measure(args: argparse.Namespace) -> Results:
         core.close()
     speeds.append(bandwidth(args.device, BANDWIDTH_BYTES[scale]))  # before and after: others may have been at work once
     return {
-        "model": "SmolLM2-135M-Instruct" if model == "demo" else model,
+        "model": model_name(model),
         "random_weights": model in SHAPES,
         "dtype": engine.ready.dtype,
         "bandwidth": {way: max(each[way] for each in speeds) for way in ("copy", "read")},
@@ -320,8 +322,7 @@ def draw_speeds(axes: Axes, results: Results) -> None:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="demo, a folder, a Hub id, or a shape of scripts/dummy_model.py")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    model_flags(parser)
     parser.add_argument("--contexts", type=positive, nargs="+", help="tokens before the one that is measured")
 
 
