@@ -219,7 +219,7 @@ def _prompts(body: CompletionRequest, tokens: Sequence[PromptTokens], tokenizer:
     prompts = []
     for token_ids, text in tokens:
         kept = truncate_prompt(token_ids, body.truncate_prompt_tokens, body.max_tokens, DEFAULT_MAX_TOKENS, ready)
-        limit = output_limit(len(kept), body.max_tokens, DEFAULT_MAX_TOKENS, ready, "max_tokens")
+        limit = output_limit(len(kept), body.max_tokens, DEFAULT_MAX_TOKENS, ready, "max_tokens", "prompt")
         if sampling is None:
             sampling = body.sampling_params(
                 ready,

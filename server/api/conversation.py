@@ -144,7 +144,8 @@ class Reply:
         text, token_ids = await (tokenizing if patient else unless_disconnected(receive, tokenizing))
         token_ids = truncate_prompt(token_ids, body.truncate_prompt_tokens, conversation.max_tokens, None, ready)
         check_vocabulary(token_ids, ready.vocab_size, "messages")
-        limit = output_limit(len(token_ids), conversation.max_tokens, None, ready, conversation.max_tokens_param)
+        asked, param = conversation.max_tokens, conversation.max_tokens_param
+        limit = output_limit(len(token_ids), asked, None, ready, param, "messages")
         is_open = formats.reasoning is not None and formats.reasoning.starts_open(text)
         sampling = body.sampling_params(
             ready,

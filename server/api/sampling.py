@@ -270,8 +270,12 @@ def truncate_prompt(
     return token_ids[-keep:]
 
 
-def output_limit(num_prompt_tokens: int, asked: int | None, default: int | None, ready: EngineReady, param: str) -> int:
+def output_limit(
+    num_prompt_tokens: int, asked: int | None, default: int | None, ready: EngineReady, param: str, prompt_param: str
+) -> int:
     """Tokens to generate: what was asked for, else `default` or all that is left of the context, whichever is less.
+
+    param, prompt_param: the fields that the limit and the prompt come from.
 
     Raises ContextLengthExceeded with the context, the prompt and the tokens asked for; InvalidRequest for a negative number.
     """
@@ -284,7 +288,7 @@ def output_limit(num_prompt_tokens: int, asked: int | None, default: int | None,
         raise ContextLengthExceeded(
             f"The prompt is too long: this model's maximum context length is {context} tokens, and the prompt has "
             f"{num_prompt_tokens}. Shorten the prompt.",
-            param=param,
+            param=prompt_param,
         )
     if asked is None:
         return left if default is None else min(default, left)

@@ -218,8 +218,15 @@ def test_past_the_context(api: Api) -> None:
     assert error["code"] == "context_length_exceeded" and error["param"] == "max_tokens"
     for number in (CONTEXT, 60, 5, 65):
         assert str(number) in error["message"]
-    assert error_of(api.chat("a" * CONTEXT), 400)["code"] == "context_length_exceeded"
-    assert error_of(api.complete(prompt="a" * CONTEXT), 400)["code"] == "context_length_exceeded"
+    body = {"input": "a" * CONTEXT, "max_output_tokens": 4}
+    too_long = {  # by themselves, so it is not the limit of tokens that is wrong
+        "prompt": api.complete(prompt="a" * CONTEXT, max_tokens=4),
+        "messages": api.chat("a" * CONTEXT, max_tokens=4),
+        "input": api.request("POST", "/v1/responses", json=body),
+    }
+    for param, response in too_long.items():
+        error = error_of(response, 400)
+        assert error["code"] == "context_length_exceeded" and error["param"] == param, error
     assert api.complete(prompt="a" * 60).status_code == 200  # the default limit gives way
     assert api.client.sampling[-1].max_tokens == 4
     assert api.complete(prompt="a" * CONTEXT, max_tokens=0, echo=True).status_code == 200

@@ -283,7 +283,7 @@ def test_truncation() -> None:
     ]
 
     async def steps(t: Talk) -> None:
-        assert await t.refused(input=given) == ("max_output_tokens", "context_length_exceeded")
+        assert await t.refused(input=given) == ("input", "context_length_exceeded")
         response = await t.create(input=given, truncation="auto", instructions="i")
         assert response["truncation"] == "auto"
         assert [message["content"][0] for message in t.messages()] == ["i", "s", "3", "3", "l"]
