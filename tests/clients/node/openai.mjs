@@ -18,6 +18,7 @@ const Person = z.object({
   age: z.number().int().min(0).max(120),
   colors: z.array(z.string().max(12)).max(2),
 });
+const Code = z.object({ pin: z.string().regex(/^\d{3}-\w{2}$/), tag: z.string().startsWith("ab").max(6) });
 const WEATHER = {
   name: "get_weather",
   description: "The weather of a city.",
@@ -111,6 +112,9 @@ const SCENARIOS = {
     const asked = { model: target.model, messages: [{ role: "user", content: "Invent a person." }], temperature: 0, max_completion_tokens: 120 };
     const answer = await connect(target).chat.completions.parse({ ...asked, response_format: zodResponseFormat(Person, "person") });
     Person.parse(answer.choices[0].message.parsed);
+    // Zod checks the answer with JavaScript's reading of the pattern, in which a digit is one of ASCII's.
+    const coded = await connect(target).chat.completions.parse({ ...asked, response_format: zodResponseFormat(Code, "code") });
+    Code.parse(coded.choices[0].message.parsed);
   },
 
   async embeddings(target) {
