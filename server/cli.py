@@ -5,7 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+BEGUN_S = time.monotonic()  # a shell that became this process, as scripts/serve does, may have installed for minutes before
 
 USAGE = """\
 usage: octavo COMMAND [MODEL] [flags]
@@ -68,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
 def _serve(argv: Sequence[str]) -> int:
     from server.serve import run_serve
 
-    return _with_settings(run_serve, argv)
+    return _with_settings(partial(run_serve, begun_s=BEGUN_S), argv)
 
 
 def _plan(argv: Sequence[str]) -> int:

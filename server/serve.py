@@ -39,10 +39,14 @@ logger = logging.getLogger("octavo.server")
 BACKLOG = 2048
 STATE_POLL_S = 0.2
 CLOSE_TIMEOUT_S = 3.0
+INSTALL_S = 10.0  # less before the command is a slow disk or a busy machine
 
 
-def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Returns the exit code: 0 after an orderly end, 1 with a sentence on stderr when serving failed. Raises ConfigError."""
+def run_serve(argv: Sequence[str], environ: Mapping[str, str], *, begun_s: float) -> int:
+    """Returns the exit code: 0 after an orderly end, 1 with a sentence on stderr when serving failed. Raises ConfigError.
+
+    begun_s: time.monotonic() when the command began.
+    """
     config = load_config(argv, environ)
     chat_template = config.read_chat_template()
     raise_file_limit(wanted_connections(config.max_connections, config.max_open_requests) + OWN_FILES)
@@ -52,7 +56,7 @@ def run_serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         with listen(config.host, config.port) as sock:
             setproctitle.setproctitle("octavo: frontend")
-            return uvloop.run(_Service(config, sock, chat_template).run())
+            return uvloop.run(_Service(config, sock, chat_template, begun_s).run())
     except OctavoError as error:
         if config.log_format == "json":
             logger.critical("%s", error.message)
@@ -81,8 +85,9 @@ def listen(host: str, port: int) -> socket.socket:
 class _Service:
     """One run of `octavo serve`: socket, engine and HTTP server, from start to exit code."""
 
-    def __init__(self, config: ServerConfig, sock: socket.socket, chat_template: str | None) -> None:
+    def __init__(self, config: ServerConfig, sock: socket.socket, chat_template: str | None, begun_s: float) -> None:
         self._config = config
+        self._begun_s = begun_s
         self._sock = sock
         supervisor = Supervisor(config.engine_config(), recovery=config.recovery_config(), log=config.log_config())
         self._client = EngineClient(supervisor, chat_template=chat_template)
@@ -187,8 +192,7 @@ class _Service:
     def _log_phases(self, ready: EngineReady, before_s: float) -> None:
         """Where the time went, from the command on (a shell that became this process counts)."""
         total_s = _age_s()
-        phases = {"frontend": before_s, **ready.load_seconds}
-        phases["other"] = max(0.0, total_s - sum(phases.values()))
+        phases = phases_of_start(total_s, before_s, total_s - (time.monotonic() - self._begun_s), ready.load_seconds)
         logger.info("ready after %.1f s: %s", total_s, ", ".join(f"{name} {value:.1f} s" for name, value in phases.items()))
 
     def _print_ready(self, ready: EngineReady) -> None:
@@ -207,6 +211,13 @@ class _Service:
             logger.info("%s", line)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def phases_of_start(total_s: float, before_s: float, shell_s: float, load_seconds: Mapping[str, float]) -> dict[str, float]:
+    """shell_s: until the command itself began, which is part of before_s, and told by itself where it is an install."""
+    phases = {"shell": shell_s} if shell_s >= INSTALL_S else {}
+    phases |= {"frontend": before_s - sum(phases.values()), **load_seconds}
+    return phases | {"other": max(0.0, total_s - sum(phases.values()))}
 
 
 def _age_s() -> float:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from server.cli import run
-from server.serve import listen
+from server.serve import listen, phases_of_start
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,6 +44,12 @@ def served(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]
 def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
     _, rest = process.communicate(timeout=60)
     return process.returncode, rest
+
+
+def test_an_install_before_the_start_is_not_the_frontend_s_time() -> None:
+    parts = {"python": 1.0, "load": 2.0}
+    assert phases_of_start(5.0, 1.5, 0.2, parts) == {"frontend": 1.5, **parts, "other": 0.5}
+    assert phases_of_start(95.0, 91.5, 90.0, parts) == {"shell": 90.0, "frontend": 1.5, **parts, "other": 0.5}
 
 
 def test_ready_line_and_an_orderly_end() -> None:
