@@ -72,12 +72,14 @@ class RequestBody(BaseModel):
     UNSUPPORTED: known fields of the API that are refused -> values that ask for nothing, and so are accepted.
     INSTEAD: which field does what one of these would, for the refusal's text.
     WITHOUT_EFFECT: known fields that are accepted, and change nothing here; declared nowhere else, they may hold anything.
+    INSIDE: names known inside of fields that are declared as anything, each with those inside of it; in a list, of its items.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
     UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
     INSTEAD: ClassVar[dict[str, str]] = {}
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
+    INSIDE: ClassVar[dict[str, Any]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -172,12 +174,26 @@ def _undeclared_fields(body: RequestBody, prefix: str) -> Iterator[tuple[Request
             yield body, _safe_name(prefix + name), name, value
     for name in body.model_fields_set & type(body).model_fields.keys():
         value = getattr(body, name)
+        if name in body.INSIDE:
+            yield from _unknown_inside(body, value, body.INSIDE[name], prefix + name)
         if isinstance(value, RequestBody):
             yield from _undeclared_fields(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], RequestBody):
             for index, item in enumerate(value):
                 if isinstance(item, RequestBody):
                     yield from _undeclared_fields(item, f"{prefix}{name}[{index}].")
+
+
+def _unknown_inside(owner: RequestBody, value: Any, known: Any, path: str) -> Iterator[tuple[RequestBody, str, str, Any]]:
+    if isinstance(value, dict) and isinstance(known, dict):
+        for name, item in value.items():
+            if name in known:
+                yield from _unknown_inside(owner, item, known[name], f"{path}.{name}")
+            elif item is not None:
+                yield owner, _safe_name(f"{path}.{name}"), name, item
+    elif isinstance(value, list) and isinstance(known, list):
+        for index, item in enumerate(value):
+            yield from _unknown_inside(owner, item, known[0], f"{path}[{index}]")
 
 
 def _safe_name(path: str) -> str:

@@ -12,7 +12,7 @@ from engine.sampling_params import MAX_LOGPROBS
 from server.api.body import RequestBody, WrongType, json_type
 from server.api.conversation import MAX_MESSAGES, Conversation
 from server.api.sampling import GenerationRequest, Integer, check_logprobs
-from server.api.tools import ChatTool, GivenToolChoice, choose_tools, function_tools
+from server.api.tools import INSIDE_TOOL_CHOICE, ChatTool, GivenToolChoice, choose_tools, function_tools
 
 _CONTENT_SCHEMA = {
     "anyOf": [
@@ -85,6 +85,7 @@ class ChatRequest(GenerationRequest):
         "web_search_options": (),
     }
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = GenerationRequest.WITHOUT_EFFECT | {"verbosity"}
+    INSIDE: ClassVar[dict[str, Any]] = {"tool_choice": INSIDE_TOOL_CHOICE}
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: Integer | None = None

@@ -106,6 +106,9 @@ class ResponseRequest(SamplingRequest):
         "image",  # how images are compressed: there are none
         "max_tool_calls",  # of the built-in tools: there are none
     }
+    INSIDE: ClassVar[dict[str, Any]] = {
+        "tool_choice": {"type": {}, "name": {}, "mode": {}, "tools": [{"type": {}, "name": {}}]}
+    }
 
     input: str | list[GivenItem]
     instructions: str | None = None

@@ -39,6 +39,10 @@ GivenToolChoice = Annotated[
 ]
 
 
+_INSIDE_NAMED_FUNCTION: dict[str, Any] = {"type": {}, "function": {"name": {}}}
+INSIDE_TOOL_CHOICE = {**_INSIDE_NAMED_FUNCTION, "allowed_tools": {"mode": {}, "tools": [_INSIDE_NAMED_FUNCTION]}}
+
+
 class ChatFunction(RequestBody):
     """parameters: a JSON schema of an object; none for a function without arguments. strict: calls follow the schema exactly,
     also those that the model makes of its own accord."""

@@ -259,6 +259,21 @@ def test_allowed_tools(tools_api: Api) -> None:
     assert grammar(tools_api) is None and "weather" not in prompt_text(tools_api)
 
 
+def test_what_is_unknown_in_a_tool_choice_is_listed_or_refused(tools_api: Api) -> None:
+    choice = {"type": "function", "function": {"name": "weather", "mood": 1}, "n": 2, "why": None}
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "time"}, "x": 1}]}
+    for given, unknown in (
+        (choice, ["tool_choice.function.mood", "tool_choice.n"]),
+        ({"type": "allowed_tools", "allowed_tools": allowed}, ["tool_choice.allowed_tools.tools[0].x"]),
+    ):
+        answer = tools_api.chat(tools=TOOLS, tool_choice=given)
+        assert answer.is_success, answer.text
+        assert answer.headers["X-Octavo-Ignored-Fields"] == ", ".join(unknown)
+    tools_api.config = ServerConfig(model="tiny", strict=True)
+    error = tools_api.chat(tools=TOOLS, tool_choice=choice).json()["error"]
+    assert (error["param"], error["code"]) == ("tool_choice.function.mood", "unknown_field")
+
+
 def bad_tools() -> Iterator[tuple[dict[str, Any], str]]:
     function = WEATHER["function"]
     assert isinstance(function, dict)

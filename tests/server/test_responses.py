@@ -154,6 +154,9 @@ def test_unknown_fields_of_items_are_listed() -> None:
 
     async def strict(t: Talk) -> None:
         assert await t.refused(input=[{"role": "user", "content": "u", "mood": 1}]) == ("input[0].mood", "unknown_field")
+        choice = {"type": "function", "name": "f", "mood": 1}
+        tools = [{"type": "function", "name": "f"}]
+        assert await t.refused(tools=tools, tool_choice=choice) == ("tool_choice.mood", "unknown_field")
 
     talk(strict, strict=True)
 
