@@ -131,7 +131,7 @@ class ServerConfig(BaseModel):
         None,
         "limits",
         "more at once, idle ones too, get a 503 before anything is read",
-        shown="four times --max-open-requests, as far as the limit of open files allows",
+        shown="four times --max-open-requests and at least 4,096, as far as the limit of open files allows",
         ge=1,
         le=2**31 - 1,
     )

@@ -9,6 +9,7 @@ from engine.errors import ConfigError
 
 OWN_FILES = 256  # beside its connections: those of --metrics-port and those that are being refused are among them
 METRICS_CONNECTIONS = 32
+FEWEST_CONNECTIONS = 4096
 
 
 def wanted_files(max_open_requests: int) -> int:
@@ -18,8 +19,8 @@ def wanted_files(max_open_requests: int) -> int:
 
 def wanted_connections(max_connections: int | None, max_open_requests: int) -> int:
     """How many connections a server is to serve at once: as given, or four for each request, since clients keep some open that
-    they do not use."""
-    return max_connections or 4 * (max_open_requests or 4096)
+    they do not use, and many however few requests there may be: those beyond are to hear that from Admission."""
+    return max_connections or max(FEWEST_CONNECTIONS, 4 * (max_open_requests or 4096))
 
 
 def possible_connections(max_connections: int | None, max_open_requests: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from server import connections, limits
+from server.file_limit import wanted_connections
 from tests.server.fake_client import FakeEngineClient
 from tests.server.served import LIMIT_S, ask, served, talk
 
@@ -231,6 +232,12 @@ def test_places_are_given_back() -> None:
     assert bound.enter() == "served" and bound.enter() == "dropped"
 
 
+def test_there_are_more_connections_than_requests() -> None:
+    """Also where only one request may be open: who comes beside it is to be told that by a 429, and probes by their answer."""
+    assert [wanted_connections(None, requests) for requests in (0, 1, 1024, 2000)] == [16_384, 4096, 4096, 8000]
+    assert wanted_connections(20, 4096) == 20
+
+
 def test_the_bound_is_what_the_system_allows() -> None:
     code = (
         "import resource; from server.file_limit import *; from engine.errors import ConfigError\n"
@@ -242,5 +249,5 @@ def test_the_bound_is_what_the_system_allows() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     small, refused, middle, refused_too, large, given = done.stdout.splitlines()
-    assert (small, middle, large, given) == ("30 20 20", "744 20 20", "3744 20 20", "800")
+    assert (small, middle, large, given) == ("30 30 20", "744 744 20", "3744 3744 20", "800")
     assert "800 connections need 1056 open files, and this process may have 60" in refused and "1000" in refused_too
