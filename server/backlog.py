@@ -88,7 +88,7 @@ class Backlog:
     max_wait_s: of who comes, until the engine takes it up and has computed the prompts before its own. None is the larger of
     LEAST_MAX_WAIT_S and ANSWER_SHARE of an answer's time, 0 any time; see `Burst` for who is let in all the same.
     max_waiting_requests: 0 is any number. max_waiting_tokens: None is what the engine gets through in MAX_WAIT_S, 0 any number.
-    observe_shed: is told the reason of every refusal. clock: in seconds, for tests.
+    observe_shed: is told the reason of every refusal. read_life: see `Pace`. clock: in seconds, for tests.
 
     Who finds nobody waiting is never too many and never too large: what is too much for an empty server is no matter of load.
     """
@@ -101,12 +101,14 @@ class Backlog:
         max_waiting_requests: int,
         max_waiting_tokens: int | None,
         observe_shed: Callable[[str], None],
+        read_life: Callable[[], int | None] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_wait_s = max_wait_s
         self._max_waiting_requests = max_waiting_requests
         self._max_waiting_tokens = max_waiting_tokens
         self._observe_shed = observe_shed
+        self._read_life = read_life
         self._clock = clock
         # The engine tells its counters every quarter of a second; what has started is known at once.
         self._pace = Pace(lambda: read_stats().prompt_tokens + read_stats().generation_tokens, interval_s=0.5, enough_s=3.0)
@@ -305,9 +307,9 @@ class Backlog:
         self._measure()
 
     def _measure(self) -> None:
-        now = self._clock()
-        self._pace.measure(now, self.tokens_ahead() > 0)
-        self._prompt_pace.measure(now, self._num_begun_prompt_tokens() >= self._num_step_tokens > 0)
+        now, life = self._clock(), self._read_life()
+        self._pace.measure(now, self.tokens_ahead() > 0, life)
+        self._prompt_pace.measure(now, self._num_begun_prompt_tokens() >= self._num_step_tokens > 0, life)
 
 
 def _sum(one: Work, other: Work, sign: int = 1) -> Work:

@@ -26,20 +26,23 @@ class Pace:
         self._since_s = 0.0
         self._counted = 0
         self._is_full = False
+        self._life: int | None = None
 
-    def measure(self, now_s: float, is_full: bool) -> None:
-        """To be called whenever is_full, whether there is more to do than can be taken up, may have changed."""
+    def measure(self, now_s: float, is_full: bool, life: int | None) -> None:
+        """To be called whenever is_full, whether there is more to do than can be taken up, may have changed. life: which engine
+        is at work, None where none is; the time that one takes to take the place of another says nothing of either."""
+        is_full = is_full and life is not None
         if self._is_full and now_s - self._since_s < self._interval_s:
             self._is_full = is_full
             return
         if not self._is_full and not is_full:
             return
         counted = self._read_count()
-        if self._is_full and counted >= self._counted:  # less: another engine has begun to count
+        if self._is_full and life == self._life and counted >= self._counted:
             kept = math.exp((self._since_s - now_s) / self.MEMORY_S)
             self._count = self._count * kept + counted - self._counted
             self._seconds = self._seconds * kept + now_s - self._since_s
-        self._since_s, self._counted, self._is_full = now_s, counted, is_full
+        self._since_s, self._counted, self._is_full, self._life = now_s, counted, is_full, life
 
     @property
     def a_second(self) -> float:

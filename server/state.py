@@ -33,6 +33,7 @@ class ServerState:
             max_waiting_requests=self.config.max_waiting_requests,
             max_waiting_tokens=self.config.max_waiting_tokens,
             observe_shed=self.metrics.observe_shed,
+            read_life=lambda: self.client.num_restarts if self.client.state == "ready" else None,
         )
         self.metrics.add_gauge("backlog_wait_seconds", "How long who came now would wait for the engine.", backlog.wait_s)
         self.metrics.add_gauge("backlog_tokens", "Expected tokens of what waits for the engine.", backlog.tokens_ahead)

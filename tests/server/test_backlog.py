@@ -26,6 +26,7 @@ class Bench:
 
     def __init__(self, *, requests: int = 2, tokens: int | None = None) -> None:
         self.now, self.generated = 1000.0, 0
+        self.life: int | None = 0
         self.shed: list[str] = []
         ready = FakeEngineClient().ready
         assert ready is not None
@@ -36,6 +37,7 @@ class Bench:
             max_waiting_requests=requests,
             max_waiting_tokens=tokens,
             observe_shed=self.shed.append,
+            read_life=lambda: self.life,
             clock=lambda: self.now,
         )
 
@@ -170,6 +172,23 @@ def test_another_engine_counts_from_zero(bench: Bench) -> None:
     bench.generated = 0
     bench.work(10, tokens_a_second=500)
     assert bench.backlog.wait_s() == pytest.approx(bench.backlog.tokens_ahead() / 500, rel=0.15)
+
+
+@pytest.mark.parametrize("comes_meanwhile", [True, False])
+def test_the_time_without_an_engine_is_not_its_pace(bench: Bench, comes_meanwhile: bool) -> None:
+    """Of five engines that died one after the other the pace was so small that the next request was too much for a minute."""
+    for _ in range(4):
+        bench.enter(1000)
+    bench.work(10, tokens_a_second=500)
+    for life in range(1, 6):
+        bench.life = None
+        if comes_meanwhile:
+            bench.work(20, tokens_a_second=0)
+        else:
+            bench.now += 20.0
+        bench.life = life
+        bench.work(4, tokens_a_second=500)
+    assert bench.backlog.wait_s() == pytest.approx(bench.backlog.tokens_ahead() / 500, rel=0.1)
 
 
 def test_by_default_a_minute_of_work_may_wait() -> None:
