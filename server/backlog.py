@@ -217,7 +217,7 @@ class Backlog:
         if not speed:
             return [0.0] * (num_ahead + 1)
         lefts_s = sorted(num_tokens / speed for num_tokens in self._tokens_left())
-        usual_s = self._usual_answer_s()
+        usual_s = self._usual_answer_s(speed)
         num_late = bisect_right(lefts_s, 0.0)  # longer than expected: when they will end nobody knows, hardly all at once
         lefts_s[:num_late] = [usual_s * (index + 1) / num_late for index in range(num_late)]
         lefts_s += [usual_s + begun_s] * self._num_begun()
@@ -230,14 +230,13 @@ class Backlog:
         seconds = sum(now - ticket.started_s for ticket in self._running if ticket.started_s is not None)
         return self._answers.tokens_a_second(seconds, sum(ticket.num_later_tokens() for ticket in self._running))
 
-    def _usual_answer_s(self) -> float:
+    def _usual_answer_s(self, speed: float) -> float:
         """What an answer takes of what is open, on the average, from its first token on. 0 where that is not known."""
-        speed = self._answer_speed()
         return self._open.num_output_tokens / self._open.num_choices / speed if speed and self._open.num_choices else 0.0
 
     def _turn_s(self) -> float:
         """Between one free slot and the next, on the average."""
-        return self._usual_answer_s() / max(1, self._num_slots)
+        return self._usual_answer_s(self._answer_speed()) / max(1, self._num_slots)
 
     def _tokens_left(self) -> Iterator[float]:
         """Of each choice that has begun to answer, by what was expected."""
