@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import queue
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from multiprocessing.context import SpawnContext
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from server.bench_http import Connections
 from server.bench_load import Load, arrival_times, send_one
@@ -77,15 +79,23 @@ def is_over(load: Load, elapsed_s: float) -> bool:
     return load.max_time_s is not None and elapsed_s >= load.max_time_s
 
 
+async def _until_told_to_end(run: Coroutine[Any, Any, None]) -> None:
+    """SIGTERM ends the run; the requests that are open then leave no sample."""
+    task = asyncio.ensure_future(run)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
 def work(load: Load, turn: Turn, worker: int, num_processes: int) -> None:
-    """A worker process's main. Ctrl-C reaches the whole group; the parent ends the workers."""
+    """A worker process's main. Ctrl-C reaches the whole group; the parent tells the workers to end and reads on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     turn.start_line.wait()
     if load.rate is not None:
-        asyncio.run(run_open(load, turn, worker, num_processes))
+        asyncio.run(_until_told_to_end(run_open(load, turn, worker, num_processes)))
     else:
         share = load.concurrency // num_processes + (worker < load.concurrency % num_processes)
-        asyncio.run(run_closed(load, turn, share))
+        asyncio.run(_until_told_to_end(run_closed(load, turn, share)))
     turn.samples.put(None)
 
 
@@ -95,27 +105,59 @@ def gather(load: Load, num_processes: int, show_progress: bool = True) -> list[S
     turn = Turn(context, num_processes)
     workers = [context.Process(target=work, args=(load, turn, i, num_processes), daemon=True) for i in range(num_processes)]
     samples: list[Sample] = []
-    try:
-        for process in workers:
-            process.start()
-        _collect(load, turn, workers, samples, _Progress(load.num_requests) if show_progress else None)
-    except KeyboardInterrupt:
-        for process in workers:
-            process.terminate()
-        raise CutShort(samples) from None
-    for process in workers:
-        process.join()
+    progress = _Progress(load.num_requests) if show_progress else None
+    with _ctrl_c_noted() as interrupt:
+        try:
+            for process in workers:
+                process.start()
+            _collect(turn, workers, samples, progress, interrupt)
+        except KeyboardInterrupt:
+            for process in workers:
+                process.kill()
+            raise CutShort(samples) from None
+    if interrupt.seen:
+        raise CutShort(samples)
     return samples
 
 
-def _collect(load: Load, turn: Turn, workers: Sequence[BaseProcess], samples: list[Sample], progress: _Progress | None) -> None:
-    """Fills `samples` until every worker has done its part."""
+class _Interrupt:
+    seen = False
+
+
+@contextlib.contextmanager
+def _ctrl_c_noted() -> Iterator[_Interrupt]:
+    """The first Ctrl-C is noted: raised in the middle of reading the queue, it would lose samples. The second is raised."""
+    interrupt = _Interrupt()
+
+    def note(_number: int, _frame: object) -> None:
+        interrupt.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _collect(
+    turn: Turn, workers: Sequence[BaseProcess], samples: list[Sample], progress: _Progress | None, interrupt: _Interrupt
+) -> None:
+    """Fills `samples` until every worker has done its part, or has been told to end and did."""
     num_working = len(workers)
+    was_told = False
     while num_working:
+        if interrupt.seen and not was_told:
+            was_told = True
+            for process in workers:
+                process.terminate()
+        have_ended = all(process.exitcode is not None for process in workers)
         try:
-            sample = turn.samples.get(timeout=0.5)
+            sample = turn.samples.get(timeout=0.1)
         except queue.Empty:
-            if any(process.exitcode for process in workers):
+            if was_told and have_ended:  # one that was told before it began says nothing
+                break
+            if not was_told and any(process.exitcode for process in workers):
                 raise SystemExit("a worker process of the load generator died; see above") from None
         else:
             if sample is None:
@@ -124,6 +166,8 @@ def _collect(load: Load, turn: Turn, workers: Sequence[BaseProcess], samples: li
                 samples.append(sample)
         if progress is not None:
             progress.show(turn.num_done.value)
+    for process in workers:
+        process.join()
     if progress is not None:
         progress.clear()
 

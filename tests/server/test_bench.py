@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import sys
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from server.bench import main, parse_load
 from server.bench_http import Connections
 from server.bench_load import Load, arrival_times, has_text, make_payload, send_one, words
 from server.bench_report import Sample, format_markdown_row, format_table, percentile, summarize
+from server.bench_workers import CutShort, _Progress, gather
 from tests.scripts.fake_sse_server import FakeServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -113,12 +116,46 @@ def test_the_script_is_the_command_and_json_can_take_the_table_s_place() -> None
     assert "api_key" not in record["load"]
 
 
-def test_ctrl_c_reports_what_was_measured() -> None:
-    server = FakeServer(hang_after=3)
-    code, output, errors = run_bench(server, "--num-requests", "50", "--output-len", "2")
+@pytest.mark.parametrize("num_streams", [1, 4])
+def test_ctrl_c_reports_what_was_measured(num_streams: int) -> None:
+    server = FakeServer(hang_after=40)
+    args = ("--num-requests", "500", "--output-len", "2", "--concurrency", str(num_streams), "--processes", str(num_streams))
+    code, output, errors = run_bench(server, *args)
     assert code == 130
-    assert "3 answered, 0 errors" in output
-    assert "3 of 50 requests were made: Ctrl-C" in errors and "Traceback" not in errors
+    # The last answers of the other streams may be on their way when the Ctrl-C comes.
+    num_answered = int(output.split(" answered, 0 errors")[0].split()[-1])
+    assert 40 - num_streams < num_answered <= 40
+    assert f"{num_answered} of 500 requests were made: Ctrl-C" in errors and "Traceback" not in errors
+
+
+def test_ctrl_c_ends_arrivals_too() -> None:
+    code, _, errors = run_bench(FakeServer(hang_after=40), "--rate", "1000", "--num-requests", "500", "--processes", "2")
+    assert code == 130
+    assert "of 500 requests were made: Ctrl-C" in errors and "Traceback" not in errors
+
+
+def test_ctrl_c_loses_no_sample_that_waits_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent is so slow a reader that most samples are still in the queue when the Ctrl-C comes."""
+    server = FakeServer(hang_after=20)
+
+    async def serve() -> None:
+        async with server:
+            started.set()
+            while server.num_streams <= 20:
+                await asyncio.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    started = threading.Event()
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    started.wait()
+    monkeypatch.setattr(_Progress, "show", lambda self, num_done: time.sleep(0.1))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(CutShort) as cut:
+        gather(Load(server.url, model="fake", num_requests=50, output_len=1), num_processes=1)
+    thread.join()
+    assert len(cut.value.samples) == 20
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_request_that_takes_too_long_is_an_error(tmp_path: Path) -> None:
