@@ -7,7 +7,6 @@ import asyncio
 import itertools
 import logging
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +14,6 @@ from typing import Literal, NamedTuple
 from engine.config import EarlierLife
 from engine.engine_connection import EngineConnection
 from engine.errors import EngineUnavailable, ModelLoadError, OctavoError, RequestFailed
-from engine.lives import Lives
 from engine.messages import (
     Abort,
     Accepted,
@@ -35,6 +33,7 @@ from engine.messages import (
     StepOutputs,
 )
 from engine.open_requests import OpenRequests
+from engine.recovery import Recovery
 from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams
 from engine.step_probe import StepProbe
@@ -46,7 +45,6 @@ logger = logging.getLogger(__name__)
 State = Literal["starting", "ready", "recovering", "failed", "stopping"]
 
 ASK_AGAIN_S = 0.5
-OVERDUE_INTERVAL_S = 0.25
 
 
 class Embedding(NamedTuple):
@@ -75,8 +73,13 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._connection: EngineConnection | None = None
         self._probe = StepProbe(self._new_id, self._send)
-        self._lives = Lives()
-        self._restart: asyncio.Task[None] | None = None
+        self._recovery = Recovery(
+            supervisor.recovery,
+            self._open,
+            start=self._start_engine,
+            is_wanted=lambda: self.state == "recovering",
+            fail=self._fail_engine,
+        )
         self._load_failure: OctavoError | None = None
         self._log_level: str | None = None
         self._start_s = 0.0  # of the present engine, as far as it knows
@@ -93,7 +96,7 @@ class EngineClient:
     @property
     def num_restarts(self) -> int:
         """Engines that took a dead one's place."""
-        return self._lives.num_restarts
+        return self._recovery.lives.num_restarts
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -136,8 +139,7 @@ class EngineClient:
         self._send(Shutdown())
         if is_loading:
             self._supervisor.kill()  # it reads no messages
-        if self._restart is not None:
-            await asyncio.gather(self._restart, return_exceptions=True)
+        await self._recovery.ended()
         await self._supervisor.stop()
         if self._connection is not None:
             self._connection.close()
@@ -357,7 +359,7 @@ class EngineClient:
 
     def _enter_ready(self) -> None:
         self.state = "ready"
-        self._lives.ready()
+        self._recovery.lives.ready()
         self._changed.set()
 
     def _take_probe(self, output: RequestOutput) -> None:
@@ -376,7 +378,7 @@ class EngineClient:
         """The new engine is ready: it goes on with every open request, in the order in which they came."""
         logger.info(
             "the engine is ready again, %.2f s after the last one's death, %.2f s of them its start; %d requests go on",
-            self._lives.since_death_s,
+            self._recovery.lives.since_death_s,
             self._start_s,
             len(self._open.streams),
         )
@@ -394,7 +396,7 @@ class EngineClient:
             self._connection = None
         if self.state == "ready":
             self.state = "recovering"
-            self._lives.left()
+            self._recovery.lives.left()
 
     def _engine_died(self, death: Death) -> None:
         if self.state in ("failed", "stopping"):
@@ -409,43 +411,12 @@ class EngineClient:
         self._probe.forget()
         cause = f"{death.cause}: {self._load_failure.message}" if self._load_failure else death.cause
         self._load_failure = None
-        self._lives.died(death)
-        if death.is_final:
-            self._fail_engine(EngineUnavailable(cause))
-        elif self._lives.num_in_vain >= (most := self._supervisor.recovery.max_failed_starts):
-            sentence = f"the engine died {most} times in a row without completing a step; the last time {cause}"
-            self._fail_engine(EngineUnavailable(sentence))
-        else:
-            logger.error("%s; it is started again, with %d open requests", cause, len(self._open.streams))
-            for request_id in self._open.blame(death.request_ids):
-                logger.error("request %s is given up: the engine died over it again and again", request_id)
-            self._start_next(ready)
-
-    def _start_next(self, ready: EngineReady) -> None:
-        self._lives.restart()
-        for stream in self._open.streams.values():
-            stream.engine_died()
+        if not self._recovery.count(death, cause):
+            return
         self.progress = None
         self._earlier_stats = self.stats
         self.stats = self.stats.between_engines(len(self._open.streams))
-        if self._restart is not None:
-            self._restart.cancel()
-        self._restart = asyncio.create_task(self._restart_engine(ready))
-
-    async def _restart_engine(self, ready: EngineReady) -> None:
-        """Start an engine that is like the last one, and end what runs out of time until it is ready."""
-        earlier = EarlierLife(ready.num_blocks, ready.max_model_len, ready.free_device_bytes, ready.model_dir)
-        is_started, since_s = False, time.monotonic()
-        while self.state == "recovering":
-            try:
-                if not is_started:
-                    await self._start_engine(earlier)
-                    is_started = True
-            except OSError as error:  # a want of files or memory passes
-                if time.monotonic() - since_s > self._supervisor.recovery.restart_wait_s:
-                    self._fail_engine(EngineUnavailable(f"the engine process cannot be started again: {error}"))
-            await asyncio.sleep(OVERDUE_INTERVAL_S)
-            self._open.end_overdue()
+        self._recovery.restart(ready)
 
     def _fail_engine(self, error: OctavoError) -> None:
         if self.state == "failed":
@@ -462,5 +433,5 @@ class EngineClient:
         phase = f" ({self.progress.phase})" if self.progress else ""
         if self.state == "recovering":
             sentence = f"the engine is being started again{phase}; try again in a few seconds"
-            return EngineUnavailable(sentence, retry_after_s=self._lives.ready_in_s)
+            return EngineUnavailable(sentence, retry_after_s=self._recovery.lives.ready_in_s)
         return EngineUnavailable(f"the engine is still starting{phase}; try again in a few seconds")

@@ -72,7 +72,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "scratch_steps",
         "model_runner",
     ),
-    "L4": ("step_clock", "core", "build", "usage_meter", "process", "self_check"),
+    "L4": ("step_clock", "core", "engine_limits", "build", "usage_meter", "process", "self_check"),
     "L5": (
         "log_relay",
         "watchdog",
@@ -81,6 +81,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "suspects",
         "lives",
         "open_requests",
+        "recovery",
         "engine_connection",
         "step_probe",
         "client",

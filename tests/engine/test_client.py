@@ -13,14 +13,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from engine import engine_connection
 from engine.client import EngineClient
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig, ModelConfig, RecoveryConfig
 from engine.errors import ContextLengthExceeded, EngineUnavailable, InvalidRequest, ModelLoadError
 from engine.logs import LogConfig
 from engine.messages import (
@@ -52,8 +51,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def running(model: str) -> AsyncIterator[EngineClient]:
-    client = EngineClient(Supervisor(EngineConfig(model=ModelConfig(model=model)), command=COMMAND))
+async def running(model: str, **recovery: Any) -> AsyncIterator[EngineClient]:
+    config = EngineConfig(model=ModelConfig(model=model))
+    client = EngineClient(Supervisor(config, command=COMMAND, recovery=RecoveryConfig(**recovery)))
     await client.start()
     try:
         yield client
@@ -229,7 +229,7 @@ def test_an_engine_that_has_too_much_to_take_over_is_asked_again(model_dir: Path
         supervisor = Supervisor(EngineConfig(), command=COMMAND)
         client = EngineClient(supervisor)
         client.state = "ready"
-        client._lives.restart()
+        client._recovery.lives.restart()
         sent: list[FrontendMessage] = []
         monkeypatch.setattr(client, "_send", sent.append)
         stream = make_stream(model_dir, 1, [])
@@ -320,10 +320,9 @@ def test_an_engine_that_cannot_be_started_again_for_long_ends_the_server(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        async with running(str(model_dir)) as client:
+        async with running(str(model_dir), restart_wait_s=0.1) as client:
             await client.wait_until_ready()
             supervisor = client._supervisor
-            supervisor.recovery = msgspec.structs.replace(supervisor.recovery, restart_wait_s=0.1)
 
             async def refuse(*_: Any) -> None:
                 raise OSError(errno.ENOENT, "there is no Python any more")
