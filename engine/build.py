@@ -16,8 +16,9 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionNeeds, group_layers
 from engine.attention.choose import choose_backend
 from engine.attention.native import NativeBackend
-from engine.config import EngineConfig, check_quantization
+from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.engine_limits import EngineLimits
 from engine.errors import ConfigError
 from engine.fused_decoder import FusedDecoder
 from engine.fusion import fuse, fuse_native, pack_linears, quantize
@@ -52,21 +53,6 @@ from engine.step import KVGroupSpec
 Report = Callable[[str, str, float | None], None]
 
 MEMORY_WAIT_S = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What the configuration leaves to the device: its defaults, resolved."""
-
-    device: torch.device
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_mixed_tokens: int | None
-    pipeline_depth: int
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
 
 
 class _Phases:
@@ -107,7 +93,7 @@ def build_engine(config: EngineConfig, report: Report) -> tuple[EngineCore, Engi
 def load_engine(config: EngineConfig, report: Report) -> LoadedEngine:
     """Load the model that `config` names. Raises as `build_engine`."""
     phases = _Phases(report)
-    limits = _limits(config)
+    limits = EngineLimits.of(config)
     earlier = config.earlier
     torch.set_num_threads(config.parallel.num_threads or usable_cores())
     if limits.on_gpu and HAS_TRITON:
@@ -334,41 +320,6 @@ def _build_core(config: EngineConfig, engine: LoadedEngine) -> EngineCore:
         eos_token_ids=frozenset(engine.eos_token_ids),
         pipeline_depth=limits.pipeline_depth,
         grammars=GrammarCompiler(GrammarSetup(str(engine.folder), engine.vocab_size, list(engine.eos_token_ids))),
-    )
-
-
-def _limits(config: EngineConfig) -> EngineLimits:
-    """Raises ConfigError where a device is asked for that is not there, or the limits contradict each other."""
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ConfigError("device is cuda, but torch finds no usable CUDA device; use --device cpu or auto", param="device")
-    on_gpu = has_cuda if config.device == "auto" else config.device == "cuda"
-    check_quantization(config.model.quantization, on_gpu=on_gpu)
-    scheduler = config.scheduler
-    max_num_seqs = scheduler.max_num_seqs or (256 if on_gpu else 32)
-    max_num_batched_tokens = scheduler.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs)
-    if max_num_batched_tokens < max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs ({max_num_seqs}), "
-            "so that every running sequence can get a token in each step",
-            param="max_num_batched_tokens",
-        )
-    max_num_mixed_tokens = scheduler.max_num_mixed_tokens
-    if max_num_mixed_tokens is None and on_gpu:
-        max_num_mixed_tokens = min(max(1024, max_num_seqs), max_num_batched_tokens)
-    if max_num_mixed_tokens is not None and not max_num_seqs <= max_num_mixed_tokens <= max_num_batched_tokens:
-        raise ConfigError(
-            f"max_num_mixed_tokens must be between max_num_seqs ({max_num_seqs}) and max_num_batched_tokens "
-            f"({max_num_batched_tokens}), got {max_num_mixed_tokens}",
-            param="max_num_mixed_tokens",
-        )
-    depth = scheduler.pipeline_depth
-    return EngineLimits(
-        device=torch.device("cuda" if on_gpu else "cpu"),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_mixed_tokens=max_num_mixed_tokens,
-        pipeline_depth=depth if depth is not None else int(on_gpu),
     )
 
 

@@ -47,8 +47,8 @@ from ideas import (
 )
 from ideas_engine import Answer, Load, TimedRunner, gaps_s, output_tokens, random_prompt
 
-from engine.build import _limits
 from engine.config import CacheConfig, EngineConfig, ModelConfig
+from engine.engine_limits import EngineLimits
 from engine.step_budget import TILE_ROWS
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def num_blocks(scale: Scale) -> int:
 
 def sides_of(engine: LoadedEngine, scale: Scale, device: str) -> list[Side]:
     """Ascending; the whole prompt is the last."""
-    default = _limits(EngineConfig(model=ModelConfig(model=scale.model), device=device))
+    default = EngineLimits.of(EngineConfig(model=ModelConfig(model=scale.model), device=device))
     sides = [
         Side(f"{chunk:,}", chunk, is_default=default.max_num_mixed_tokens is None and chunk == default.max_num_batched_tokens)
         for chunk in scale.chunks

@@ -13,6 +13,7 @@ import torch
 
 from engine import build
 from engine.config import EngineConfig
+from engine.engine_limits import EngineLimits
 from engine.errors import ConfigError
 from engine.kernels import toolchain
 from engine.kernels.toolchain import check_toolchain, try_toolchain
@@ -64,9 +65,9 @@ def test_one_sentence_names_what_is_missing(tmp_path: Path, headers: Path) -> No
 
 
 def test_the_start_fails_with_it_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = build._limits(EngineConfig(device="cpu"))
+    limits = EngineLimits.of(EngineConfig(device="cpu"))
     on_gpu = dataclasses.replace(limits, device=torch.device("cuda"))
-    monkeypatch.setattr(build, "_limits", lambda _config: on_gpu)
+    monkeypatch.setattr(EngineLimits, "of", lambda _config: on_gpu)
     monkeypatch.setattr(build, "HAS_TRITON", True)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
