@@ -32,6 +32,7 @@ from server.drain_gate import DrainGate
 from server.file_limit import METRICS_CONNECTIONS, possible_connections
 from server.keys import KeyRing
 from server.limits import limited_protocol
+from server.methods import HeadAsGet
 from server.metrics import Metrics
 from server.metrics_server import create_metrics_app, listen_for_metrics
 from server.otlp import traces_url
@@ -83,6 +84,7 @@ def create_app(
     app.include_router(admin.router(state, keys, on_drain))
     app.state.body_limits = BodyLimits(config.max_body_bytes, config.max_json_depth)
     app.state.metrics = state.metrics
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Admission, limit=config.max_open_requests, backlog=state.backlog)
     app.add_middleware(DrainGate, drain=drain)
     _guard(app, config, keys, state.metrics, tracer)
@@ -112,7 +114,7 @@ def _guard(app: FastAPI, config: ServerConfig, keys: KeyRing, metrics: Metrics, 
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=[REQUEST_ID_HEADER, IGNORED_FIELDS_HEADER, "Retry-After"],
         )

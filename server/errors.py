@@ -21,6 +21,7 @@ from engine.errors import (
     Overloaded,
     RequestFailed,
 )
+from server.methods import allowed_methods
 from server.request_record import current
 
 logger = logging.getLogger("octavo.server")
@@ -125,14 +126,17 @@ async def on_octavo_error(_request: Request, error: Exception) -> Response:
     return octavo_error_response(error)
 
 
-async def on_http_exception(_request: Request, error: Exception) -> Response:
+async def on_http_exception(request: Request, error: Exception) -> Response:
     """Wrong paths and methods, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
+    headers = error.headers
+    if error.status_code == 405:
+        headers = {"Allow": ", ".join(allowed_methods(request.app.routes, request.scope["path"]))}
     message, code = _HTTP_MESSAGES.get(error.status_code, ("The request was refused.", "invalid_request"))
     current().error = code
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     body = error_body(message, kind, code=code)
-    return Response(body, error.status_code, headers=error.headers, media_type="application/json")
+    return Response(body, error.status_code, headers=headers, media_type="application/json")
 
 
 async def on_disconnect(_request: Request, _error: Exception) -> Response:

@@ -58,15 +58,12 @@ def router(state: ServerState) -> APIRouter:
         health = Health("stopping" if is_draining else client.state, detail, progress)
         return Response(msgspec.json.encode(health), 200 if is_well else 503, media_type="application/json")
 
-    @routes.head("/health", include_in_schema=False)
-    @routes.head("/health/ready", include_in_schema=False)
     @routes.get("/health")
     @routes.get("/health/ready")
     async def get_health() -> Response:
         """200 when the engine completes steps (a small one is tried where none has lately), 503 with the reason when not."""
         return answer(not state.drain.has_begun and await state.client.can_step())
 
-    @routes.head("/health/live", include_in_schema=False)
     @routes.get("/health/live")
     async def get_liveness() -> Response:
         """200 while this server runs, also while it loads, starts its engine again or drains; 503 when only a restart helps."""
