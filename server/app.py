@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Generator
@@ -32,7 +33,7 @@ from server.drain_gate import DrainGate
 from server.file_limit import METRICS_CONNECTIONS, possible_connections
 from server.keys import KeyRing
 from server.limits import limited_protocol
-from server.methods import HeadAsGet
+from server.methods import HeadAsGet, methods_by_path
 from server.metrics import Metrics
 from server.metrics_server import create_metrics_app, listen_for_metrics
 from server.otlp import traces_url
@@ -71,17 +72,13 @@ def create_app(
     app = FastAPI(
         title="Octavo", version=health.VERSION, docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=_NO_TELEMETRY
     )
-    for module in (
-        completions,
-        chat,
-        responses,
-        embeddings,
-        tokenize,
-        models,
-        health,
-    ):  # tried in this order, so the busy ones first
-        app.include_router(module.router(state))
-    app.include_router(admin.router(state, keys, on_drain))
+    # tried in this order, so the busy ones first
+    modules = (completions, chat, responses, embeddings, tokenize, models, health)
+    routers = [*(module.router(state) for module in modules), admin.router(state, keys, on_drain)]
+    for router in routers:
+        app.include_router(router)
+    app.add_api_route("/docs", _docs, include_in_schema=False)
+    app.state.methods = methods_by_path(itertools.chain(app.routes, *(router.routes for router in routers)))
     app.state.body_limits = BodyLimits(config.max_body_bytes, config.max_json_depth)
     app.state.metrics = state.metrics
     app.add_middleware(HeadAsGet)
@@ -93,7 +90,6 @@ def create_app(
     app.add_exception_handler(errors.ClientDisconnected, errors.on_disconnect)
     app.add_exception_handler(ClientDisconnect, errors.on_disconnect)
     app.add_exception_handler(Exception, errors.on_bug)
-    app.add_api_route("/docs", _docs, include_in_schema=False)
     app.openapi = lambda: _openapi(app, bool(keys))  # type: ignore[method-assign]
     return app
 
@@ -188,13 +184,14 @@ def create_server(
         logger.warning("%s", note)
     tracing = _start_tracing(config)
     app = create_app(client, config, keys=keys, drain=drain, on_drain=on_drain, tracer=tracing)
+    main = _uvicorn_config(app, config, max_connections, app.state.metrics.observe_refused_connection)
     on_end = tracing.close if tracing else None
     if config.metrics_port is None:
-        return _Server(_uvicorn_config(app, config, max_connections), on_end)
+        return _Server(main, on_end)
     sock = listen_for_metrics(config.host, config.metrics_port)
     logger.info("metrics are at port %d, without a key", sock.getsockname()[1])
     metrics = _Server(_uvicorn_config(create_metrics_app(app.state.metrics), config, METRICS_CONNECTIONS))
-    return _ServerWithMetrics(_uvicorn_config(app, config, max_connections), metrics, sock, on_end)
+    return _ServerWithMetrics(main, metrics, sock, on_end)
 
 
 def _start_tracing(config: ServerConfig) -> Tracing | None:
@@ -211,7 +208,9 @@ def _start_tracing(config: ServerConfig) -> Tracing | None:
     return tracing
 
 
-def _uvicorn_config(app: ASGIApp, config: ServerConfig, max_connections: int) -> uvicorn.Config:
+def _uvicorn_config(
+    app: ASGIApp, config: ServerConfig, max_connections: int, observe_refused: Callable[[], None] = lambda: None
+) -> uvicorn.Config:
     cert, key = config.tls_cert, config.tls_key
     return uvicorn.Config(
         app,
@@ -220,6 +219,7 @@ def _uvicorn_config(app: ASGIApp, config: ServerConfig, max_connections: int) ->
             write_timeout_s=config.write_timeout_s,
             max_body_bytes=config.max_body_bytes,
             max_connections=max_connections,
+            observe_refused=observe_refused,
         ),
         ssl_context_factory=None if cert is None else lambda *_: tls_context(cert, key),
         ws="none",

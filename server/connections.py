@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Literal
 
 logger = logging.getLogger("octavo.server")
@@ -17,10 +18,12 @@ Place = Literal["served", "refused", "dropped"]
 class ConnectionBound:
     """most: connections that are served at once. Of those beyond, MOST_REFUSED at a time are told so, and others not even that,
     so that they are always few however many come. Connections of TLS count from the end of their handshake.
+    observe_refused: is told of each that is not served.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, observe_refused: Callable[[], None] = lambda: None) -> None:
         self.most = most
+        self._observe_refused = observe_refused
         self._num: dict[Place, int] = {"served": 0, "refused": 0, "dropped": 0}
         self._warned_s = float("-inf")
 
@@ -33,6 +36,7 @@ class ConnectionBound:
             place = "refused"
         self._num[place] += 1
         if place != "served":
+            self._observe_refused()
             self._warn()
         return place
 

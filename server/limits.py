@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -245,12 +246,19 @@ def _refusal(status: int, body: bytes) -> bytes:
     return head.encode() + b"X-Content-Type-Options: nosniff\r\nConnection: close\r\n\r\n" + body
 
 
-def limited_protocol(*, read_timeout_s: float, write_timeout_s: float, max_body_bytes: int, max_connections: int) -> Any:
-    """LimitedProtocol for uvicorn, which makes one for every connection."""
+def limited_protocol(
+    *,
+    read_timeout_s: float,
+    write_timeout_s: float,
+    max_body_bytes: int,
+    max_connections: int,
+    observe_refused: Callable[[], None],
+) -> Any:
+    """LimitedProtocol for uvicorn, which makes one for every connection. observe_refused: is told of each too many."""
     return functools.partial(
         LimitedProtocol,
         read_timeout_s=read_timeout_s,
         write_timeout_s=write_timeout_s,
         max_body_bytes=max_body_bytes,
-        bound=ConnectionBound(max_connections),
+        bound=ConnectionBound(max_connections, observe_refused),
     )

@@ -99,6 +99,7 @@ class Metrics:
         self._finished = counter("request_success", "Choices that ended.", ["finished_reason"], _each(_FINISH_REASONS))
         self._aborts = counter("request_aborts", "Requests whose client went away.", known=[()])
         self._shed = counter("requests_shed", "Requests refused for load.", ["reason"], _each(_SHED_REASONS))
+        self._refused = counter("connections_refused", "Connections beyond those that are served.", known=[()])
         self._late = counter("deadlines_exceeded", "Requests whose time was up.", ["kind"], _each(_DEADLINES))
         self._responses = counter("http_responses", "Responses by API key.", ["api_key_id", "status"])
         keys = _each(key_ids or [""])
@@ -116,6 +117,10 @@ class Metrics:
     def observe_shed(self, reason: str) -> None:
         """A request got a 429. reason: open_requests, waiting_requests, waiting_tokens or waiting_time."""
         self._shed.add(reason)
+
+    def observe_refused_connection(self) -> None:
+        """A connection too many was closed, and nothing of it was read."""
+        self._refused.add()
 
     def observe_deadline(self, kind: str | None) -> None:
         """A request ended by its time limit. kind: timeout or first_token_timeout."""

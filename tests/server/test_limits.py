@@ -14,6 +14,7 @@ import pytest
 
 from server import connections, limits
 from server.file_limit import wanted_connections
+from tests.metrics_text import metric
 from tests.server.fake_client import FakeEngineClient
 from tests.server.served import LIMIT_S, ask, served, talk
 
@@ -194,6 +195,8 @@ def test_one_connection_too_many_is_told_so_at_once_and_the_others_are_served(ca
                 assert b"200 OK" in await asyncio.wait_for(reader.read(), LIMIT_S)
                 writer.close()
             assert (await ask(port, post())).status == 200
+            scraped = await ask(port, b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert metric(scraped.body.decode(), "octavo_connections_refused_total") == 3
 
     run(scenario())
     warnings = [record.getMessage() for record in caplog.records if "--max-connections" in record.getMessage()]
