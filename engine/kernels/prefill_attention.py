@@ -532,7 +532,8 @@ def _gather_context(
 ) -> None:
     """Copies the contexts that fit into the workspace, zeros behind each up to a whole tile of block_n keys."""
     num_rows, num_kv_heads, block_size, head_dim = context_lens_R.shape[0], *k_pages.shape[1:]
-    parts = max(1, GATHER_PROGRAMS // (num_rows * num_kv_heads))
+    longest = block_tables_SP.shape[1] * block_size  # more parts than that has tiles would start with nothing to copy
+    parts = max(1, min(GATHER_PROGRAMS // (num_rows * num_kv_heads), triton.cdiv(longest, block_n)))
     _gather_context_kernel[(parts, num_rows * num_kv_heads)](
         workspace.k_scratch_KCD, workspace.v_scratch_KCD, k_pages, v_pages, block_tables_SP, row_slots_R, query_starts_R1,
         context_lens_R, k_scale, v_scale, window or 0, block_tables_SP.stride(0), workspace.capacity,

@@ -174,6 +174,23 @@ def test_a_row_of_bad_numbers_spoils_no_other(tiles: PrefillTiles) -> None:
     assert out[8:17].isnan().all()
 
 
+def test_no_more_gathering_programs_than_a_table_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gather:
+        grids: list[tuple[int, int]] = []
+        original = kernel._gather_context_kernel
+
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            self.grids.append(grid)
+            return self.original[grid]
+
+    monkeypatch.setattr(kernel, "GATHER_PROGRAMS", 1024)
+    monkeypatch.setattr(kernel, "_gather_context_kernel", Gather())
+    step = make_step([20, 9], [18, 33], block_size=4)
+    check(step, 64, SMALL)
+    tiles = -(-step["block_tables_SP"].shape[1] * 4 // SMALL.block_n)
+    assert Gather.grids and set(Gather.grids) == {(tiles, 2 * 2)}
+
+
 @pytest.mark.skipif(not HAS_HOPPER, reason="the Hopper kernel needs a Hopper card")
 @pytest.mark.parametrize("programs", [None, 3])
 @pytest.mark.parametrize("features", [{}, {"window": 130}, {"softcap": 3.0}], ids="+".join)
