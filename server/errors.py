@@ -21,7 +21,6 @@ from engine.errors import (
     Overloaded,
     RequestFailed,
 )
-from server.methods import allowed_methods
 from server.request_record import current
 
 logger = logging.getLogger("octavo.server")
@@ -130,8 +129,8 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     """Wrong paths and methods, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     headers = error.headers
-    if error.status_code == 405:
-        headers = {"Allow": ", ".join(allowed_methods(request.app.routes, request.scope["path"]))}
+    if error.status_code == 405 and (path := getattr(request.scope.get("route"), "path", None)):
+        headers = {"Allow": ", ".join(request.app.state.methods[path])}
     message, code = _HTTP_MESSAGES.get(error.status_code, ("The request was refused.", "invalid_request"))
     current().error = code
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"

@@ -1,24 +1,21 @@
-"""Methods of HTTP: which of them a path takes, and HEAD wherever GET is (RFC 9110, 9.3.2), so that no route has to say it."""
+"""Methods of HTTP: those that each path takes, and HEAD wherever GET is (RFC 9110, 9.3.2), so that no route has to say it."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
-
-def allowed_methods(routes: Iterable[BaseRoute], path: str) -> list[str]:
-    """Of all routes of `path`: the framework's own Allow knows only those of the first."""
-
-    def takes(method: str) -> bool:
-        scope = {"type": "http", "method": method, "path": path, "root_path": "", "headers": []}
-        return any(route.matches(scope)[0] is Match.FULL for route in routes)
-
-    taken = [method for method in _METHODS if takes(method)]
-    return [*taken[:1], "HEAD", *taken[1:]] if "GET" in taken else taken
+def methods_by_path(routes: Iterable[BaseRoute]) -> dict[str, list[str]]:
+    """Of each path, as routes write it: the framework's own Allow knows only the methods of a path's first route."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for route in routes:
+        if isinstance(route, Route):
+            found[route.path] |= set(route.methods or ())
+    return {path: sorted(methods | {"HEAD"} if "GET" in methods else methods) for path, methods in found.items()}
 
 
 class HeadAsGet:

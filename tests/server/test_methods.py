@@ -14,14 +14,16 @@ from tests.server.fake_client import FakeEngineClient
 from tests.server.served import ask, served, talk
 from tests.server.test_bad_input import error_of
 
+STORED = "/v1/responses/resp_x"
+COUNTS_TOKENS = "/v1/responses/input_tokens"  # for GET and DELETE it is a response's id like any other: a 404
 GET, POST = {"GET", "HEAD"}, {"POST"}
 PATHS = {
     "/": GET, "/docs": GET, "/openapi.json": GET, "/version": GET, "/metrics": GET,
     "/health": GET, "/health/live": GET, "/health/ready": GET,
     "/v1/models": GET, "/v1/models/tiny": GET, "/v1/models/a/b": GET,
     "/v1/completions": POST, "/v1/chat/completions": POST, "/v1/embeddings": POST, "/tokenize": POST, "/detokenize": POST,
-    "/v1/responses": POST, "/v1/responses/resp_x": GET | {"DELETE"}, "/v1/responses/resp_x/cancel": POST,
-    "/v1/responses/resp_x/input_items": GET, "/v1/responses/input_tokens": GET | {"POST", "DELETE"},
+    "/v1/responses": POST, STORED: GET | {"DELETE"}, "/v1/responses/resp_x/cancel": POST,
+    "/v1/responses/resp_x/input_items": GET, COUNTS_TOKENS: POST,
     "/admin/drain": POST, "/admin/log_level": POST, "/admin/reload_keys": POST, "/admin/reset_prefix_cache": POST,
 }  # fmt: skip
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
@@ -50,6 +52,7 @@ def test_this_list_is_whole(api: Api) -> None:
 
 def test_a_wrong_method_is_told_the_right_ones() -> None:
     wrong = [(method, path) for path, right in PATHS.items() for method in METHODS if method not in right]
+    wrong = [(method, path) for method, path in wrong if not (path == COUNTS_TOKENS and method in PATHS[STORED])]
     for (method, path), response in zip(wrong, ask_all(wrong, headers=ADMIN), strict=True):
         assert response.status_code == 405, (method, path)
         assert set(response.headers["Allow"].split(", ")) == PATHS[path], (method, path)
