@@ -194,7 +194,10 @@ class SamplingRequest(TimeLimits):
         for key in self.logit_bias:
             if not re.fullmatch(r"[0-9]{1,10}", key):
                 raise InvalidRequest("logit_bias must map token ids, as decimal strings, to numbers.", param="logit_bias")
-        return {int(key): bias for key, bias in self.logit_bias.items()}
+        biases = {int(key): bias for key, bias in self.logit_bias.items()}
+        if len(biases) < len(self.logit_bias):
+            raise InvalidRequest("logit_bias names a token id twice, once with zeros before it.", param="logit_bias")
+        return biases
 
 
 class GenerationRequest(StructuredFields, SamplingRequest):

@@ -102,6 +102,7 @@ def test_malformed_json(api: Api, path: str, content: bytes) -> None:
         ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias[1]"),
         ({"prompt": "a", "logit_bias": {"1": SECRET}}, "logit_bias.1"),
         ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"prompt": "a", "logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
         ({"prompt": "a", "stream": "yes"}, "stream"),
         ({"prompt": "a", "stream_options": {}}, "stream_options"),
         ({"prompt": "a", "stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
@@ -199,6 +200,7 @@ def test_wrong_types_and_ranges_of_chat(api: Api, body: dict[str, Any], param: s
         ({"cache_salt": "x" * 300}, "invalid_value", "cache_salt may have at most 256 characters, got more."),
         ({"request_id": SECRET + " "}, "invalid_value", "request_id must match the pattern ^[A-Za-z0-9._:-]{1,128}$, got"),
         ({"logit_bias": []}, "invalid_type", "logit_bias must be an object, got an array."),
+        ({"logit_bias": {"1": 1, "7": None}}, "invalid_type", "logit_bias.7 must be a number, got null."),
         ({"temperature": 9}, "invalid_value", "temperature must be between 0.0 and 2.0"),
     ],
 )
