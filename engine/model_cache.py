@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 from pathlib import Path
@@ -33,6 +34,28 @@ def check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelLoadError(f"{path} is no GGUF file: give a Hugging Face folder, a GGUF file or a Hub id")
+
+
+def check_folder(path: Path) -> None:
+    """Raises ModelLoadError for a folder without a config.json, which is no model's."""
+    if not (path / "config.json").is_file():
+        raise ModelLoadError(f"{path} has no config.json: give a Hugging Face model folder, a GGUF file or a Hub id")
+
+
+def check_name(config: ModelConfig) -> None:
+    """Raises ModelLoadError where it takes no more than a look to see that `config` names no model: nothing is read, the Hub is
+    not asked."""
+    if config.model == "demo":
+        return
+    path = Path(config.model)
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
+    if path.is_file():
+        check_gguf(path)
+    elif path.is_dir():
+        check_folder(path)
+    elif not is_hub_id(config.model):
+        raise ModelLoadError(f"there is no file or folder {path}: give a Hub id, a model folder, a GGUF file or 'demo'")
 
 
 def files_key(*paths: Path) -> str:
@@ -103,8 +126,7 @@ def present_folder(config: ModelConfig) -> Path:
         check_gguf(path)
         folder = gguf_folder(path, cache_root(config))
     elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"{path} has no config.json: give a Hugging Face model folder, a GGUF file or a Hub id")
+        check_folder(path)
         folder = path
     else:
         folder = hub_snapshot(config)

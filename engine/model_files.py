@@ -22,7 +22,16 @@ from typing import Any
 from engine.config import ModelConfig
 from engine.errors import ModelLoadError, OctavoError
 from engine.hub import CheckFolder, hub_model
-from engine.model_cache import cache_root, check_gguf, demo_folder, files_key, gguf_folder, hub_cache, is_hub_id
+from engine.model_cache import (
+    cache_root,
+    check_folder,
+    check_gguf,
+    check_name,
+    demo_folder,
+    files_key,
+    gguf_folder,
+    hub_cache,
+)
 from engine.stand_in_tokenizer import write_stand_in_tokenizer
 from engine.weight_files import check_weights, check_whole
 
@@ -48,6 +57,7 @@ def resolve_model(config: ModelConfig, report: Report, *, check_config: CheckFol
     """
     root = cache_root(config)
     with _disk_errors(root):
+        check_name(config)
         if config.model == "demo":
             return _demo(root, report)
         path = Path(config.model).expanduser()
@@ -55,8 +65,6 @@ def resolve_model(config: ModelConfig, report: Report, *, check_config: CheckFol
             return convert_gguf(path, gguf_folder(path, root), report)
         if path.is_dir():
             return _with_tokenizer(path, root, config, report, "copy it there again")
-        if not is_hub_id(config.model):
-            raise ModelLoadError(f"there is no file or folder {path}: give a Hub id, a model folder, a GGUF file or 'demo'")
     with _disk_errors(hub_cache(config)):
         folder = hub_model(config, report, check_config=check_config, check_disk=_check_free_disk)
     with _disk_errors(root):
@@ -193,8 +201,7 @@ def _with_tokenizer(folder: Path, root: Path, config: ModelConfig, report: Repor
 
     cure: what to do about a file that is damaged.
     """
-    if not (folder / "config.json").is_file():
-        raise ModelLoadError(f"{folder} has no config.json: give a Hugging Face model folder, a GGUF file or a Hub id")
+    check_folder(folder)
     is_dummy = config.load_format == "dummy"
     if not is_dummy:
         names = {path.name for path in folder.iterdir()}

@@ -16,7 +16,7 @@ import msgspec
 
 from engine.config import ModelConfig
 from engine.errors import ModelLoadError, OctavoError
-from engine.model_cache import is_hub_id, present_folder
+from engine.model_cache import check_name, present_folder
 
 HUB_TIMEOUT_S = 10.0
 
@@ -63,10 +63,7 @@ def look_at_model(config: ModelConfig) -> dict[str, Any]:
     except OctavoError:
         if config.model == "demo" or path.exists():
             raise
-        if not is_hub_id(config.model):
-            raise ModelLoadError(
-                f"there is no file or folder {path}: give a Hub id, a model folder, a GGUF file or 'demo'"
-            ) from None
+        check_name(config)
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
@@ -24,6 +25,7 @@ from engine.client import EngineClient
 from engine.errors import ConfigError, EngineUnavailable, OctavoError
 from engine.logs import log_strays
 from engine.messages import EngineReady
+from engine.model_cache import check_name
 from engine.supervisor import Supervisor
 from server.config import ServerConfig, load_config
 from server.drain import Drain
@@ -108,6 +110,7 @@ class _Service:
         logger.info("start the engine process: %s", self._config.model)
         await self._client.start()
         try:
+            self._check_model_name()
             # The engine is seconds from ready, so it goes first: what HTTP needs is imported beside its own imports.
             from server.app import create_server
 
@@ -132,6 +135,11 @@ class _Service:
             stop.cancel()
             await asyncio.gather(serving, engine, stop, return_exceptions=True)
         return 0
+
+    def _check_model_name(self) -> None:
+        """A wrong path is told at once: the engine would tell it too, once it has imported what models are loaded with."""
+        with contextlib.suppress(OSError):  # a path that cannot be looked at; the engine knows the remedies
+            check_name(self._config.engine_config().model)
 
     async def _finish_open_work(self, engine: asyncio.Task[None]) -> None:
         """Takes new work for a while yet, then none, and waits for what is open; not for ever, and not with a second signal."""

@@ -96,6 +96,29 @@ def test_a_failed_engine_ends_with_one_sentence(model: str, sentence: str) -> No
     assert sentence in last and "Traceback" not in rest
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./nothing", "there is no file or folder nothing: give a Hub id"),
+        ("empty", "empty has no config.json: give a Hugging Face model folder"),
+        ("text.gguf", "text.gguf is no GGUF file"),
+    ],
+)
+def test_a_wrong_path_is_said_without_waiting_for_the_engine(name: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("a text")
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "torch.py").write_text("import time\ntime.sleep(3600)\n")  # an engine that never comes to look for its model
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("OCTAVO_")}
+    environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(shim)])
+    command = [sys.executable, "-m", "server.cli", "serve", name, "--port", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("octavo: ")]
+    assert sentence in line and "Traceback" not in done.stderr
+
+
 def test_a_taken_port_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with listen("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
