@@ -102,7 +102,9 @@ def test_what_lacks_files_says_which(llama: Path, tmp_path: Path) -> None:
         resolve()
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./here", "~/nowhere/model", "~nobody-at-all/model", "missing.gguf", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./here", "~/nowhere/model", "~nobody-at-all/model", "missing.gguf", "a/b/c"]
+)
 def test_what_is_no_path_and_no_hub_id(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="there is no file or folder"):
         resolve_model(ModelConfig(model=name, download_dir=str(tmp_path)), silent)
