@@ -7,23 +7,27 @@
 
 **Capacity** is what it completes a second while no slot is ever empty: half as many clients again as it has slots ask anew as
 soon as they are answered (who is refused, after a second at most). Their first answers are of random lengths, so that the
-others do not all end together. After a third of the time an answer counts by the share of its stream that lies in what is left:
-neither how the clients begin nor how they end, and no refusal, makes the figure smaller than what the server can do.
+others do not all end together.
+
+**Answers a second**, of every load, are those of the last two thirds of its time, each by the share of its stream that lies in
+them: neither how a load begins, with slots that are empty yet, nor how it ends, is in the figure, so that loads can be compared.
 
 **At capacity** requests arrive at that rate, as many as that makes but at random times, whether earlier ones have been answered
 or not: nobody slows down for a server that is slow. The time to first token is of those that come once the slots have had the
 time to fill, that is as long as an answer takes with all slots in use: before that nobody waits, and the figure would be of a
 server that is not at its capacity yet. It is mostly waiting: who is asked for exactly what he can do has a queue half the time.
 
-**The overload** is --times that rate, from a server at rest. Of it everything counts, from the first request on. Answers are
-equally long unless --output-spread says otherwise, which is the worst case: slots that were filled together are free together.
+**The overload** is --times that rate, from a server at rest. Of its statuses and times to first token everything counts, from the
+first request on. Answers are equally long unless --output-spread says otherwise, which is the worst case: slots that were
+filled together are free together.
 
 All stream; a share of the requests gives a time limit for the first token. Checked, and told by the exit code:
 
 - every request ends in 200, 429 with a Retry-After, or 504, and no stream that has begun is cut without a word;
 - the memory of both processes is as large at the end of the overload as in its middle;
 - the 99th percentile of the time to first token of those let in is at most twice that at capacity (not with --no-timing);
-- under the overload it answers as many a second as it can, a tenth less at most (not with --no-timing): to refuse all is easy;
+- under the overload it answers as many a second as it can, a tenth less at most (not with --no-timing): to refuse all would
+  be easy;
 - when all is over nothing runs, waits or holds a page.
 """
 
@@ -34,7 +38,6 @@ import asyncio
 import collections
 import contextlib
 import json
-import math
 import random
 import sys
 import tempfile
@@ -59,6 +62,7 @@ FIRST_ID, LAST_ID = 3, 90  # of tokens that every tokenizer has
 MAX_GROWTH_BYTES = 16 * 2**20
 MAX_TTFT_RATIO = 2.0
 MIN_SHARE_ANSWERED = 0.9
+RAMP_SHARE = 1 / 3  # of a load's time, in which its slots are filled
 LONGEST_RETRY_S = 1.0
 
 
@@ -96,14 +100,15 @@ class Load:
 
 @dataclass
 class Phase:
-    """What became of the requests of one load. rate: a second, of those that came. spans: of whole answers, first
-    token, end, and share of the usual length. problems: what is allowed under no load. Times are of time.monotonic()."""
+    """What became of the requests of one load. from_s, to_s: its time. rate: a second, of those that came. spans: of whole
+    answers, first token, end, and share of the usual length. problems: what is allowed under no load. Times are of
+    time.monotonic()."""
 
     name: str
     rate: float
+    from_s: float
+    to_s: float
     spans: list[tuple[float, float, float]] = field(default_factory=list)
-    counts_from_s: float = 0.0
-    counts_to_s: float = math.inf
     statuses: collections.Counter[int] = field(default_factory=collections.Counter)
     ttft_s: list[float] = field(default_factory=list)
     retry_after_s: list[int] = field(default_factory=list)
@@ -112,12 +117,13 @@ class Phase:
     vitals: list[Vitals] = field(default_factory=list)
 
     def answered(self) -> float:
-        """Answers a second in the time that counts, each by the share of its stream that lies in it."""
+        """Answers a second in the last two thirds of its time, each by the share of its stream that lies in them."""
+        steady_s = self.from_s + (self.to_s - self.from_s) * RAMP_SHARE
         shares = [
-            share * max(0.0, min(end_s, self.counts_to_s) - max(first_s, self.counts_from_s)) / max(end_s - first_s, 1e-9)
+            share * max(0.0, min(end_s, self.to_s) - max(first_s, steady_s)) / max(end_s - first_s, 1e-9)
             for first_s, end_s, share in self.spans
         ]
-        return sum(shares) / (self.counts_to_s - self.counts_from_s)
+        return sum(shares) / (self.to_s - steady_s)
 
     def memory_growth(self, name: str) -> float:
         """Bytes between the middle third of this phase and its last."""
@@ -162,13 +168,12 @@ class Driver:
 
     async def closed(self, seconds: float) -> Phase:
         """Half as many clients again as there are slots, each with one request after the other."""
-        phase = Phase("closed", 0.0)
         began_s = time.monotonic()
-        phase.counts_from_s, phase.counts_to_s = began_s + seconds / 3, began_s + seconds
+        phase = Phase("closed", 0.0, began_s, began_s + seconds)
 
         async def client() -> None:
             share = self._draw.random()
-            while time.monotonic() < phase.counts_to_s:
+            while time.monotonic() < phase.to_s:
                 retry_after_s = await self._ask(phase, share)
                 share = 1.0
                 await asyncio.sleep(min(retry_after_s, LONGEST_RETRY_S))
@@ -180,11 +185,10 @@ class Driver:
     async def open(self, name: str, rate: float, seconds: float, settle_s: float = 0.0) -> Phase:
         """`rate` requests a second at random times, of which those count that come after settle_s; returns when all of them
         have ended."""
-        phase = Phase(name, rate)
         began_s = time.monotonic()
-        phase.counts_from_s, phase.counts_to_s = began_s + settle_s, began_s + settle_s + seconds
+        phase = Phase(name, rate, began_s + settle_s, began_s + settle_s + seconds)
         times = [began_s + self._draw_times.uniform(0.0, settle_s) for _ in range(round(rate * settle_s))]
-        times += [phase.counts_from_s + self._draw_times.uniform(0.0, seconds) for _ in range(round(rate * seconds))]
+        times += [phase.from_s + self._draw_times.uniform(0.0, seconds) for _ in range(round(rate * seconds))]
 
         async def arrive() -> None:
             tasks = []
@@ -234,7 +238,7 @@ class Driver:
                 for event in parser.push(part):
                     if not first:
                         first = time.monotonic()
-                        if sent >= phase.counts_from_s:
+                        if sent >= phase.from_s:
                             phase.ttft_s.append(first - sent)
                     is_done = is_done or event == b"[DONE]"
                     if event.startswith(b'{"error"'):

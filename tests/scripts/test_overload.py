@@ -14,6 +14,15 @@ from tests.crashes import make_model
 SLOTS = 16  # of the fake engine
 
 
+def test_neither_a_load_s_begin_nor_its_end_is_in_what_it_answers() -> None:
+    phase = overload.Phase("one slot", 1.0, from_s=100.0, to_s=160.0)
+    # An answer takes ten seconds. The slot is filled after four, for want of prompts, and the last answer comes after the load.
+    phase.spans = [(begin_s, begin_s + 10.0, 1.0) for begin_s in range(104, 164, 10)]
+    assert phase.answered() == pytest.approx(0.1)
+    phase.spans = [(100.0, 120.0, 1.0), (120.0, 140.0, 0.5), (140.0, 180.0, 1.0), (161.0, 171.0, 1.0)]
+    assert phase.answered() == pytest.approx((0.5 + 0.5) / 40.0)
+
+
 @pytest.mark.timeout(300)
 def test_every_request_ends_well_and_nothing_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_model(tmp_path / "model", step_s=0.02)
