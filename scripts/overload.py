@@ -10,15 +10,15 @@ soon as they are answered (who is refused, after a second at most). Their first 
 others do not all end together.
 
 **Answers a second**, of every load, are those of the last two thirds of its time, each by the share of its stream that lies in
-them: neither how a load begins, with slots that are empty yet, nor how it ends, is in the figure, so that loads can be compared.
+them: neither how a load begins, with slots that are empty yet, nor how it ends, is in the figure, and loads can be compared.
 
 **At capacity** requests arrive at that rate, as many as that makes but at random times, whether earlier ones have been answered
 or not: nobody slows down for a server that is slow. The time to first token is of those that come once the slots have had the
 time to fill, that is as long as an answer takes with all slots in use: before that nobody waits, and the figure would be of a
 server that is not at its capacity yet. It is mostly waiting: who is asked for exactly what he can do has a queue half the time.
 
-**The overload** is --times that rate, from a server at rest. Of its statuses and times to first token everything counts, from the
-first request on. Answers are equally long unless --output-spread says otherwise, which is the worst case: slots that were
+**The overload** is --times that rate, from a server at rest. Of its statuses and times to first token everything counts, from
+the first request on. Answers are equally long unless --output-spread says otherwise, which is the worst case: slots that were
 filled together are free together.
 
 All stream; a share of the requests gives a time limit for the first token. Checked, and told by the exit code:
