@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import InvalidRequest
 from server.api.body import WrongType, json_type
-from server.api.regex import with_ascii_classes
+from server.api.regex import with_ascii_classes, without_look_aheads
 
 SUPPORTED = frozenset(
     {"$ref", "additionalItems", "additionalProperties", "allOf", "anyOf", "const", "enum", "exclusiveMaximum"}
@@ -53,6 +53,10 @@ FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6",
 # Characters of the longest one, where the library knows none, since an answer is to end: seconds with nine decimals, and what
 # RFC 5321 and 1035 let an address and a name have.
 FORMAT_LENGTHS = {"date-time": 35, "duration": 64, "email": 254, "hostname": 253, "time": 24}
+# What zod writes beside a format and the library cannot read; all that has the format matches it.
+IMPLIED_PATTERNS = {
+    "duration": r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$"
+}
 DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 
 MAX_DEPTH = 100  # of nested arrays and objects
@@ -133,6 +137,7 @@ class _Copy:
         if not isinstance(schema, dict):
             return schema  # true or false; anything else the grammar library refuses
         copy: dict[str, Any] = {}
+        seen_ahead: list[Any] = []
         for keyword, value in schema.items():
             if keyword in UNSUPPORTED and self._param is not None:
                 if not any(value is neutral or (value == neutral and value == {}) for neutral in UNSUPPORTED[keyword]):
@@ -144,9 +149,13 @@ class _Copy:
             elif keyword in _SCHEMAS:
                 copy[keyword] = self.of(value)
             elif keyword == "pattern" and isinstance(value, str):
-                copy[keyword] = with_ascii_classes(value)
+                if value != IMPLIED_PATTERNS.get(str(schema.get("format"))):
+                    copy[keyword], *others = map(with_ascii_classes, without_look_aheads(value))
+                    seen_ahead = [{"pattern": other} for other in others]
             elif keyword != "$schema":
                 copy[keyword] = value
+        if seen_ahead and isinstance(given := copy.get("allOf", []), list):
+            copy["allOf"] = [*given, *seen_ahead]
         self._check_type(copy)
         self._check_bounds(copy)
         if "oneOf" in copy and "anyOf" not in copy and self._exclude_each_other(copy["oneOf"]):
@@ -163,7 +172,9 @@ class _Copy:
             self._check_format(schema)
 
     def _check_format(self, schema: dict[str, Any]) -> None:
-        name, has_pattern = schema["format"], isinstance(schema.get("pattern"), str)
+        several = schema.get("allOf")  # where zod puts its patterns, if there are more than one
+        beside = [schema, *(several if isinstance(several, list) else ())]
+        name, has_pattern = schema["format"], any(isinstance(one, dict) and "pattern" in one for one in beside)
         if name not in FORMATS:
             if not has_pattern:
                 self._refuse(f"has a format that is not supported; those that are: {', '.join(FORMATS)}")

@@ -12,6 +12,9 @@ import re
 _NARROW = {"d": "[0-9]", "w": "[0-9A-Za-z_]", "s": r"[\x20\t\n\r\f\v]", "S": r"[^\s\x1c-\x1f\x{feff}]"}
 # An escape; a class that opens, with a bracket that is literal there; one that closes; what is taken out of a class.
 _TOKEN = re.compile(r"\\(.)|\[(\^?)\]?|\]|--", re.DOTALL)
+# An escape; a class that every dialect reads alike, which is none that holds a bracket; a group's begin or end; a choice.
+_PART = re.compile(r"\\.|\[(?!\^?\])(?:[^\]\[\\]|\\.)+\]|[\[()|]", re.DOTALL)
+_LOOK_AHEAD = "(?="
 
 
 def with_ascii_classes(pattern: str) -> str:
@@ -34,3 +37,31 @@ def with_ascii_classes(pattern: str) -> str:
         return text
 
     return _TOKEN.sub(narrow, pattern)
+
+
+def without_look_aheads(pattern: str) -> list[str]:
+    r"""Patterns that together find what one finds that begins with look-aheads: of `^(?=A)B` those are `^B` and `^A`.
+
+    The library knows no look-ahead, but takes several patterns of one string. Any other pattern comes back alone.
+    """
+    ends = _ends_of_groups(pattern)
+    start, found = 1, []
+    while pattern.startswith("^") and pattern.startswith(_LOOK_AHEAD, start) and ends:
+        end = ends.pop(0)
+        if pattern[end : end + 1] in ("?", "*", "+", "{"):
+            break
+        found.append(f"^(?:{pattern[start + len(_LOOK_AHEAD) : end - 1]})")
+        start = end
+    return ["^" + pattern[start:], *found] if found else [pattern]
+
+
+def _ends_of_groups(pattern: str) -> list[int]:
+    """Where each group ends that is in no other; none where the whole is a choice, or is not read alike by every dialect."""
+    depth, ends = 0, []
+    for part in _PART.finditer(pattern):
+        if part[0] == "[" or (part[0] == "|" and depth == 0):
+            return []
+        depth += {"(": 1, ")": -1}.get(part[0], 0)
+        if part[0] == ")" and depth == 0:
+            ends.append(part.end())
+    return ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from engine.errors import InvalidRequest
 from engine.sampling_params import StructuredSpec
 from server.api.body import validate
 from server.api.json_schema import FORMAT_LENGTHS, FORMATS, MAX_DEPTH, SUPPORTED, UNSUPPORTED, checked_schema
+from server.api.regex import without_look_aheads
 from server.api.structured import StructuredFields, to_lark
 from tests.server.conftest import Api
 
@@ -272,8 +274,83 @@ def test_a_format_that_only_names_a_pattern() -> None:
     """As zod writes startsWith, nanoid and others of its own."""
     schema = {"type": "string", "format": "starts_with", "pattern": "^ab.{0,2}$"}
     assert schema_accepts(schema, '"abc"', '"bc"') == [True, False]
+    several = {"type": "string", "format": "ends_with", "allOf": [{"pattern": "^a.*"}, {"pattern": ".*b$"}]}
+    assert schema_accepts(several, '"ab"', '"ac"', '"cb"') == [True, False, False]
     with pytest.raises(InvalidRequest, match="format that is not supported"):
         checked_schema({"type": "string", "format": "starts_with"}, "schema")
+
+
+ZOD_DURATION = r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$"
+ZOD_HOSTNAME = (
+    r"^(?=.{1,253}\.?$)[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+    r"(?:\.[a-zA-Z0-9](?:[-0-9a-zA-Z]{0,61}[0-9a-zA-Z])?)*\.?$"
+)
+ZOD_EMOJI = (
+    r"^(?=[\s\S]*[\p{Extended_Pictographic}\p{Regional_Indicator}\u20E3])[\p{Extended_Pictographic}\p{Emoji_Component}]+$"
+)
+
+
+@pytest.mark.parametrize("of_type", ["string", ["string", "null"], None])
+@pytest.mark.parametrize(
+    ("format_", "pattern", "good", "bad"),
+    [
+        ("duration", ZOD_DURATION, ["P1W", "P3Y6M4DT12H30M5S", "PT5M", f"P{'1' * 62}D"], ["P", "PT", "1D", f"P{'1' * 63}D"]),
+        ("hostname", ZOD_HOSTNAME, ["a", "a-b.c", ".".join("a" * 127)], ["", "-a", "a" * 64, ".".join("a" * 128)]),
+        ("emoji", ZOD_EMOJI, ["\N{GRINNING FACE}", "1\N{GRINNING FACE}"], ["1", "a", ""]),
+    ],
+)
+def test_zods_patterns_with_look_aheads(
+    format_: str, pattern: str, good: list[str], bad: list[str], of_type: str | list[str] | None
+) -> None:
+    schema = {"format": format_, "pattern": pattern} | ({} if of_type is None else {"type": of_type})
+    texts = [json.dumps(text, ensure_ascii=False) for text in (*good, *bad)]
+    assert schema_accepts(schema, *texts) == [True] * len(good) + [False] * len(bad)
+
+
+def test_all_that_has_the_format_matches_the_pattern_that_is_left_out() -> None:
+    """The library's durations, drawn at random, against zod's expression, which Python's `re` reads as JavaScript does."""
+    matcher, rng = grammar_of(spec_of(structured_outputs={"json": {"type": "string", "format": "duration"}})), random.Random(5)
+    for _ in range(200):
+        copy, drawn = matcher.deep_copy(), b""
+        while not copy.is_stopped():
+            mask = copy.compute_bitmask()
+            allowed = [token for token in range(256) if mask[token // 8] >> token % 8 & 1]
+            # Digits are most of what is allowed, and would fill the whole length.
+            drawn += bytes([rng.choice([token for token in allowed if not chr(token).isdigit()] or allowed)])
+            assert copy.consume_tokens([drawn[-1]])
+        assert re.fullmatch(ZOD_DURATION, json.loads(drawn), re.ASCII), drawn
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        (r"^(?=.*[A-Z])(?=.*\d).{3,8}$", ["aA1", "1aA", "AA1"], ["aaA", "a11", "A1", "AAAAAAAA1", "aA\u0661"]),
+        (r"^(?=a|b)\w+$", ["ax", "b"], ["cx", "xa"]),
+        (r"^(?=.{2}$)(?=x)\w*", ["xy"], ["x", "xyz", "yx"]),
+        (r"^(?=[)]|[(|])(?=.[\]\\]).*$", [")]", "(\\\\", "|]"], ["a]", ")a"]),
+        (r"^(?=\)x)", [")x", ")xy"], ["x"]),
+    ],
+)
+def test_look_aheads_at_the_begin_of_a_pattern(pattern: str, good: list[str], bad: list[str]) -> None:
+    texts = [f'"{text}"' if "\\" in text else json.dumps(text, ensure_ascii=False) for text in (*good, *bad)]
+    assert all(re.search(pattern, json.loads(text), re.ASCII) for text in texts[: len(good)]), "the test itself"
+    assert not any(re.search(pattern, json.loads(text), re.ASCII) for text in texts[len(good) :]), "the test itself"
+    assert schema_accepts({"type": "string", "pattern": pattern}, *texts) == [True] * len(good) + [False] * len(bad)
+    both = {"type": "string", "pattern": pattern, "allOf": [{"minLength": 2}]}
+    long = [json.loads(text) for text in texts[: len(good)] if len(json.loads(text)) > 1]
+    assert schema_accepts(both, *(json.dumps(text, ensure_ascii=False) for text in long)) == [True] * len(long)
+    assert checked_schema(both, "schema")["allOf"][0] == {"minLength": 2}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^(?=a)b|c", r"(?=a)b", r"^(?!a)b", r"^(?=a)?b", r"^(?=a)*b", r"^(?=a){0}b", r"a(?=b)", r"^(?=[^]*x)a]",
+        r"^(?=[[)x])a", r"^(?=[]a)]b)c", r"^(?=a", r"^((?=a)b)",
+    ],
+)  # fmt: skip
+def test_a_pattern_that_cannot_be_taken_apart_is_left_as_it_is(pattern: str) -> None:
+    assert without_look_aheads(pattern) == [pattern]
 
 
 def test_draft_4_says_exclusive_with_true() -> None:
