@@ -177,14 +177,14 @@ def test_a_row_of_bad_numbers_spoils_no_other(tiles: PrefillTiles) -> None:
 def test_no_more_gathering_programs_than_a_table_has_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     class Gather:
         grids: list[tuple[int, int]] = []
-        original = kernel._gather_context_kernel
+        original = kernel.gather_context_kernel
 
         def __getitem__(self, grid: tuple[int, int]) -> Any:
             self.grids.append(grid)
             return self.original[grid]
 
     monkeypatch.setattr(kernel, "GATHER_PROGRAMS", 1024)
-    monkeypatch.setattr(kernel, "_gather_context_kernel", Gather())
+    monkeypatch.setattr(kernel, "gather_context_kernel", Gather())
     step = make_step([20, 9], [18, 33], block_size=4)
     check(step, 64, SMALL)
     tiles = -(-step["block_tables_SP"].shape[1] * 4 // SMALL.block_n)
