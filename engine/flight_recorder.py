@@ -4,7 +4,8 @@ The parent makes a file of `SIZE` bytes and both map it. A kill leaves what was 
 asked. Every value is published after what it refers to, so that a kill between two writes leaves the older truth.
 
     0    beat_s        time.monotonic() of the last heartbeat
-    8    turn_s        of the last turn of the engine's loop; expected_s: what the steps in flight should take
+    8    turn_s        of the last turn of the engine's loop; expected_s: what the steps in flight should take, infinite where
+                       that is not known
     24   num_launched  steps, since the process started; num_completed
     40   is_serving    1 once the model is loaded
     48   the request that is being taken in (length, id)
@@ -114,6 +115,10 @@ class FlightRecorder:
     def turn(self) -> None:
         """The loop goes on."""
         _TURN.pack_into(self._memory, _TURN_AT, time.monotonic(), self._times.expected_s())
+
+    def compiling(self) -> None:
+        """A kernel is being compiled within the step, and nobody knows how long that takes; `turn` tells when it is done."""
+        _TURN.pack_into(self._memory, _TURN_AT, time.monotonic(), float("inf"))
 
     def handling(self, request_id: str) -> None:
         """This request is being taken in; "" afterwards."""

@@ -29,6 +29,7 @@ from engine.core import EngineCore
 from engine.crash_points import ArmedCrashPoint
 from engine.errors import ModelLoadError, OctavoError
 from engine.flight_recorder import FlightRecorder
+from engine.jit_watch import watch_compiles
 from engine.logs import log_strays, set_up_logging
 from engine.messages import (
     Abort,
@@ -298,6 +299,7 @@ def run(build_engine: BuildEngine) -> int:
     meter = UsageMeter(ready.device)
     meter.start()
     core.watch(recorder, crash_point)
+    watch_compiles(recorder.compiling, recorder.turn)
     recorder.serving()
     socket.broadcast(_with_phases(ready, {"python": python_s}))
     try:

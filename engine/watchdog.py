@@ -9,7 +9,7 @@ BEAT_TIMEOUT_S = 5.0
 # While loading, a library may keep the interpreter to itself for long: only the kernel knows then whether it is stopped.
 LOADING_BEAT_TIMEOUT_S = 120.0
 STEP_FACTOR = 10.0
-# Nothing is known of how fast this model is before its first step.
+# Nothing is known of how fast this model is before its first step, nor of how long a compiler takes.
 FIRST_STEP_FACTOR = 20.0
 
 

@@ -18,6 +18,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "L1": (
         "flight_recorder",
         "crash_points",
+        "jit_watch",
         "request",
         "block_pool",
         "memory_plan",

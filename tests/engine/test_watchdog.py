@@ -162,6 +162,21 @@ def test_more_requests_than_there_is_room_for(tmp_path: Path) -> None:
     assert len(recorded) > 3000 and recorded == ids[: len(recorded)]
 
 
+def test_a_step_that_compiles_gets_the_time_of_a_first_one(tmp_path: Path) -> None:
+    reader, watchdog = FlightReader(tmp_path / "flight"), Watchdog(15.0)
+    recorder = FlightRecorder(tmp_path / "flight")
+    recorder.serving()
+    recorder.launching(plan([0], is_new=True), lambda: ["a:1"])
+    recorder.completed()
+    recorder.launching(plan([0]), lambda: [])
+    assert watchdog.step_limit_s(reader.read()) == 15.0
+    before_s = reader.read().turn_s
+    recorder.compiling()
+    assert watchdog.step_limit_s(reader.read()) == 300.0 and reader.read().turn_s > before_s
+    recorder.turn()  # it is compiled: the step has its own time from now on
+    assert watchdog.step_limit_s(reader.read()) == 15.0
+
+
 # -- suspects ----------------------------------------------------------------------------------------------------------
 
 
