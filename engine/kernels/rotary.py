@@ -216,6 +216,22 @@ def _to_pages(values, scale, dtype: tl.constexpr, HAS_SCALE: tl.constexpr):
     return values.to(dtype)
 
 
+@triton.jit
+def _norm_pairs(
+    first, second, scale, norm_ptr, pairs, mask,
+    dtype: tl.constexpr, PAIRS: tl.constexpr, NORM_OFFSET: tl.constexpr, ROUND_BEFORE_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """RMSNorm of the rotated channels whose head's inverse root mean square is `scale`: float32, rounded to dtype."""
+    first, second = first * scale, second * scale
+    if ROUND_BEFORE_WEIGHT:
+        first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
+    first_weight = tl.load(norm_ptr + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
+    second_weight = tl.load(norm_ptr + PAIRS + pairs[None, :], mask=mask, other=0.0).to(tl.float32)
+    first = (first * (first_weight + NORM_OFFSET)).to(dtype).to(tl.float32)
+    second = (second * (second_weight + NORM_OFFSET)).to(dtype).to(tl.float32)
+    return first, second
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _rotate_and_write_kernel(
     qkv_ptr,
@@ -286,13 +302,9 @@ def _rotate_and_write_kernel(
             squares += tl.sum(passed_float * passed_float, axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + norm_eps)[:, None]
         norm_ptr = tl.where(is_q[:, None], q_norm_ptr, k_norm_ptr)
-        first_turned, second_turned = first_turned * scale, second_turned * scale
-        if ROUND_BEFORE_WEIGHT:
-            first_turned, second_turned = first_turned.to(dtype).to(tl.float32), second_turned.to(dtype).to(tl.float32)
-        first_weight = tl.load(norm_ptr + pairs[None, :], mask=turn_mask, other=0.0).to(tl.float32)
-        second_weight = tl.load(norm_ptr + PAIRS + pairs[None, :], mask=turn_mask, other=0.0).to(tl.float32)
-        first_turned = (first_turned * (first_weight + NORM_OFFSET)).to(dtype).to(tl.float32)
-        second_turned = (second_turned * (second_weight + NORM_OFFSET)).to(dtype).to(tl.float32)
+        first_turned, second_turned = _norm_pairs(
+            first_turned, second_turned, scale, norm_ptr, pairs, turn_mask, dtype, PAIRS, NORM_OFFSET, ROUND_BEFORE_WEIGHT
+        )
         if REST > 0:
             passed_float = passed_float * scale
             if ROUND_BEFORE_WEIGHT:
