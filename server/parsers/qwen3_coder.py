@@ -95,7 +95,7 @@ class _CallReader:
                 yield from tape.expect(_FUNCTION_END)
         tape.write_arguments("}" if separator == ", " else "{}")
         if (yield from tape.peek()):
-            yield from tape.take(_CLOSE)
+            yield from tape.take_end(_CLOSE)
 
 
 def _read_parameter(tape: Tape, properties: Mapping[str, Any]) -> Reading[None]:

@@ -91,9 +91,17 @@ class Tape:
         self.position += len(literal)
         return True
 
+    def take_end(self, literal: str) -> Reading[bool]:
+        """The same of what ends a call: where the limit of tokens cuts it, what there is of it is read too, being no text."""
+        if (yield from self.take(literal)):
+            return True
+        if self.is_final and literal.startswith(self.text[self.position :]):
+            self.position = len(self.text)
+        return False
+
     def expect(self, literal: str) -> Reading[None]:
         """Raises Broken where something else comes."""
-        if not (yield from self.take(literal)):
+        if not (yield from self.take_end(literal)):
             raise Broken
 
     def read_name(self, *, before: str = "") -> Reading[str]:

@@ -154,6 +154,8 @@ _HERMES = {
     "cut in the tag": ("Hm <tool_ca", "Hm <tool_ca", []),
     "cut before the name": ('Hm <tool_call>\n{"name": "no', 'Hm <tool_call>\n{"name": "no', []),
     "cut in the arguments": ('<tool_call>{"name": "now", "arguments": {"a": "b', "", [("now", '{"a": "b')]),
+    "cut in the end tag": ('<tool_call>{"name": "now"}\n</tool_ca', "", [("now", "{}")]),
+    "an end tag that is none": ('<tool_call>{"name": "now"}</tool_cat>', "</tool_cat>", [("now", "{}")]),
     "no call": ("a < b <tool> {} \n", "a < b <tool> {} \n", []),
     "nothing": ("", "", []),
     "space": (" \n", " \n", []),
@@ -292,6 +294,8 @@ _QWEN_CODER = {
     "no function": ("<tool_call>\nwhat\n</tool_call>", "<tool_call>\nwhat\n</tool_call>", []),
     "cut in a value": ("<function=weather><parameter=city>Par", "", [("weather", '{"city": "Par')]),
     "cut in a number": ("<function=weather><parameter=days>12", "", [("weather", '{"days": ')]),
+    "cut in the end tag": ("<tool_call><function=now></function>\n</tool_", "", [("now", "{}")]),
+    "cut in the function's end": ("<function=weather><parameter=city>a</parameter></fun", "", [("weather", '{"city": "a"')]),
 }
 
 _PYTHONIC = {
