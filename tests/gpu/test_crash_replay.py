@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_crash_with_tiny_model import serving, under_fire
+from tests.test_crash_with_tiny_model import Crowd, serving, under_fire
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -17,4 +17,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
 def test_answers_are_the_same_after_a_death(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "--device", "cuda", "--gpu-memory-utilization", "0.5") as server:
-        under_fire(server, 1000, [5, 60] if number is signal.SIGKILL else [30], number)
+        undisturbed = Crowd(server.url)
+        undisturbed.run()
+        under_fire(server, undisturbed, [5, 60] if number is signal.SIGKILL else [30], number)
