@@ -7,10 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bench_kernels
+import bench_kernels_cases
 import profile_steps
 import pytest
 import torch
-from bench_kernels import DECODES, PREFILLS, AttentionBench, Case, Goal, HeadShape, Row, format_table
+from bench_kernels_cases import AttentionBench, Case, HeadShape
+from bench_kernels_table import (
+    DECODES,
+    PREFILLS,
+    DecodeCase,
+    Goal,
+    Row,
+    causal_flops,
+    decode_row,
+    format_table,
+    kv_bytes,
+    prefill_row,
+)
 
 from engine.kernels.compiler import HAS_TRITON
 
@@ -19,14 +32,14 @@ SMALL = HeadShape(num_heads=4, num_kv_heads=2, head_dim=16, num_blocks=40, max_b
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-def decode_case(name: str) -> bench_kernels.DecodeCase:
+def decode_case(name: str) -> DecodeCase:
     return next(case for case in DECODES if case.name == name)
 
 
 def test_a_decode_row_has_the_published_bandwidth_and_its_goals() -> None:
     case = decode_case("decode 64 × 1,536")
-    work = bench_kernels.kv_bytes(case.lengths, 8, 128)
-    row = bench_kernels.decode_row(case, work, read_tbps=3.0, on_h100=True)
+    work = kv_bytes(case.lengths, 8, 128)
+    row = decode_row(case, work, read_tbps=3.0, on_h100=True)
     row.us, row.error = 158.5, 2e-3
     assert row.rate == pytest.approx(2.54, abs=0.01)
     assert row.goals == (Goal(158.5 * 1.03), Goal(0.85 * 3.0, at_least=True))
@@ -40,22 +53,22 @@ def test_a_decode_row_has_the_published_bandwidth_and_its_goals() -> None:
 def test_the_ragged_case_is_measured_by_bandwidth() -> None:
     case = decode_case("decode 256 × 64 … 4,096")
     assert len(case.lengths) == 256 and (min(case.lengths), max(case.lengths)) == (64, 4096)
-    row = bench_kernels.decode_row(case, bench_kernels.kv_bytes(case.lengths, 8, 128), None, on_h100=True)
+    row = decode_row(case, kv_bytes(case.lengths, 8, 128), None, on_h100=True)
     row.us = row.peer_us
     assert row.rate == pytest.approx(2.91)
 
 
 def test_prefill_flops_agree_with_the_published_time() -> None:
-    work = bench_kernels.causal_flops((8192,), (0,), 32, 128)
-    row = bench_kernels.prefill_row(PREFILLS[0], work, on_h100=True)
+    work = causal_flops((8192,), (0,), 32, 128)
+    row = prefill_row(PREFILLS[0], work, on_h100=True)
     row.us, row.error = row.peer_us, 0.0
     assert row.rate == pytest.approx(632.0) and row.reached is True
-    assert bench_kernels.causal_flops((2,), (3,), 1, 1) == 4 * (4 + 5)
+    assert causal_flops((2,), (3,), 1, 1) == 4 * (4 + 5)
 
 
 def test_other_cards_have_no_goals_from_the_h100() -> None:
-    assert bench_kernels.decode_row(decode_case("decode 1 × 1,024"), 1.0, 4.2, on_h100=False).reached is None
-    row = bench_kernels.decode_row(decode_case("decode 1 × 32,768"), 1.0, 4.2, on_h100=False)
+    assert decode_row(decode_case("decode 1 × 1,024"), 1.0, 4.2, on_h100=False).reached is None
+    row = decode_row(decode_case("decode 1 × 32,768"), 1.0, 4.2, on_h100=False)
     assert row.goals == (Goal(0.7 * 4.2, at_least=True),)
 
 
@@ -125,14 +138,14 @@ def test_attention_agrees_with_its_reference(
 @needs_triton
 def test_sampling_agrees_with_its_reference() -> None:
     torch.manual_seed(0)
-    cases = list(bench_kernels.sampling_cases(3, 2050, torch.float32, DEVICE))
+    cases = list(bench_kernels_cases.sampling_cases(3, 2050, torch.float32, DEVICE))
     assert [case.check() for case in cases if case.check is not None] == [0.0] * 3
 
 
 def test_products_agree_with_their_reference() -> None:
     torch.manual_seed(0)
     memory = torch.randn(4, 48, 32, device=DEVICE)
-    (case,) = bench_kernels.product_cases(memory, {"o": (48, 32)}, None, rows=(2,))
+    (case,) = bench_kernels_cases.product_cases(memory, {"o": (48, 32)}, None, rows=(2,))
     assert len(case.calls) == 4 and case.row.case == "o 48 × 32, 2 rows: by cuBLAS"
     assert case.check is not None and case.check() < 1e-5
 
@@ -141,9 +154,9 @@ def test_products_agree_with_their_reference() -> None:
 def test_reading_sums_everything() -> None:
     x = torch.randint(-(2**20), 2**20, (5 * 64,), dtype=torch.int32, device=DEVICE)
     sums = torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
-    assert bench_kernels._sum_error(lambda: bench_kernels.sum_by_reading(x, sums, 64, 4), x, sums) == 0.0
+    assert bench_kernels_cases._sum_error(lambda: bench_kernels_cases.sum_by_reading(x, sums, 64, 4), x, sums) == 0.0
     x[3] += 1
-    assert bench_kernels._sum_error(lambda: None, x, sums) == 1.0
+    assert bench_kernels_cases._sum_error(lambda: None, x, sums) == 1.0
 
 
 # -- profile_steps ----------------------------------------------------------------------------------------------------
