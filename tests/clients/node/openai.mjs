@@ -19,6 +19,12 @@ const Person = z.object({
   colors: z.array(z.string().max(12)).max(2),
 });
 const Code = z.object({ pin: z.string().regex(/^\d{3}-\w{2}$/), tag: z.string().startsWith("ab").max(6) });
+const Formats = z.object({
+  lasts: z.iso.duration(),
+  host: z.hostname().max(20),
+  mood: z.emoji().max(4),
+  secret: z.string().regex(/^(?=.*[A-Z])(?=.*\d).{2,8}$/),
+});
 const WEATHER = {
   name: "get_weather",
   description: "The weather of a city.",
@@ -115,6 +121,10 @@ const SCENARIOS = {
     // Zod checks the answer with JavaScript's reading of the pattern, in which a digit is one of ASCII's.
     const coded = await connect(target).chat.completions.parse({ ...asked, response_format: zodResponseFormat(Code, "code") });
     Code.parse(coded.choices[0].message.parsed);
+    // Patterns of zod's own that look ahead.
+    const long = { ...asked, max_completion_tokens: 300 };
+    const formed = await connect(target).chat.completions.parse({ ...long, response_format: zodResponseFormat(Formats, "formats") });
+    Formats.parse(formed.choices[0].message.parsed);
   },
 
   async embeddings(target) {
