@@ -213,5 +213,5 @@ def test_two_processes_named_in_ps_and_a_clean_end(server: Server):
     assert "curl" in server.log.read_text()
     children = frontend.children()
     os.kill(server.process.pid, signal.SIGTERM)
-    assert server.process.wait(30) == 0
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert server.process.wait(60) == 0
+    assert not psutil.wait_procs(children, timeout=30)[1]

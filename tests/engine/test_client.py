@@ -35,6 +35,7 @@ from engine.request_stream import Choice, RequestStream
 from engine.sampling_params import SamplingParams, choice_seed
 from engine.supervisor import Supervisor
 from engine.tokenizer import Tokenizer
+from tests.crashes import until
 from tests.fake_runner import VOCAB_SIZE, expected_tokens
 
 COMMAND = (sys.executable, "-m", "tests.fake_engine")
@@ -69,14 +70,6 @@ async def collect(stream: RequestStream) -> dict[int, tuple[str, list[int], str 
                 text, tokens, _, _ = result.get(d.choice_index, ("", [], None, None))
                 result[d.choice_index] = (text + d.text, tokens + d.token_ids, d.finish_reason, d.stop_reason)
     return result
-
-
-async def until(condition) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come to pass")
 
 
 def text_of(tokens: list[int]) -> str:
@@ -249,12 +242,18 @@ def test_an_engine_that_has_too_much_to_take_over_is_asked_again(model_dir: Path
 def test_the_log_level_reaches_the_engine_and_those_after_it(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "tests.fake_engine")
 
-    async def says_that_it_steps(client: EngineClient) -> bool:
+    def is_said() -> bool:
+        return any(record.name == "tests.fake_engine" for record in caplog.records)
+
+    async def check_what_it_says(client: EngineClient, *, of_steps: bool) -> None:
         await asyncio.sleep(0.3)  # what was said before comes through a pipe
         caplog.clear()
         await collect(await client.generate([7, 8], SamplingParams(max_tokens=3)))
-        await asyncio.sleep(0.3)
-        return any(record.name == "tests.fake_engine" for record in caplog.records)
+        if of_steps:
+            await until(is_said)
+        else:
+            await asyncio.sleep(0.3)
+            assert not is_said()
 
     async def scenario() -> None:
         supervisor = Supervisor(
@@ -264,16 +263,16 @@ def test_the_log_level_reaches_the_engine_and_those_after_it(model_dir: Path, ca
         await client.start()
         try:
             await client.wait_until_ready()
-            assert not await says_that_it_steps(client)
+            await check_what_it_says(client, of_steps=False)
             client.set_log_level("debug")
-            assert await says_that_it_steps(client)
+            await check_what_it_says(client, of_steps=True)
             for level, says in (("debug", True), ("info", False)):
                 assert supervisor.pid is not None
                 os.kill(supervisor.pid, signal.SIGKILL)
                 await until(lambda: client.state == "recovering")
                 client.set_log_level(level)  # there is no engine that could be told
                 await client.wait_until_ready()
-                assert await says_that_it_steps(client) == says
+                await check_what_it_says(client, of_steps=says)
         finally:
             await client.stop()
         client.set_log_level("info")  # when all is over: nothing to do

@@ -174,7 +174,7 @@ def test_the_time_limit_is_for_sending_not_for_waiting() -> None:
 
 def test_a_kept_connection_may_be_used_again() -> None:
     async def scenario() -> None:
-        async with served(read_timeout_s=1.0) as (_, port):
+        async with served(read_timeout_s=LIMIT_S) as (_, port):
             answers = await talk(port, post(close=False), post(close=False), post())
             assert answers.count(b"HTTP/1.1 200 OK") == 3
 
