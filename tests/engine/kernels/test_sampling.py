@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kernels import sampling
+from engine.kernels import sampling, sampling_noise
 from engine.kernels.compiler import tl, triton
 from engine.kernels.sampling import SamplingColumns, SamplingWorkspace, sample_tokens, sample_tokens_reference
 from engine.philox import log_exponential, philox4x32, token_noise
@@ -89,10 +89,10 @@ def random_logits(rows: int, vocab: int, scale: float = 2.0) -> torch.Tensor:
 
 @triton.jit
 def _noise_kernel(seed_ptr, index_ptr, words_ptr, noise_ptr, start, TILE: tl.constexpr):
-    words = sampling._token_words(start, tl.load(seed_ptr), tl.load(index_ptr), TILE)
+    words = sampling_noise.token_words(start, tl.load(seed_ptr), tl.load(index_ptr), TILE)
     places = tl.arange(0, TILE // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     tl.store(words_ptr + places, words.to(tl.int64))
-    tl.store(noise_ptr + places, sampling._log_exponential(words))
+    tl.store(noise_ptr + places, sampling_noise.log_exponential(words))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_noise_is_philox_of_seed_output_index_and_token(seed: int, start: int, i
 @triton.jit
 def _transform_kernel(words_ptr, noise_ptr, N: tl.constexpr):
     places = tl.arange(0, N)
-    tl.store(noise_ptr + places, sampling._log_exponential(tl.load(words_ptr + places).to(tl.uint32)))
+    tl.store(noise_ptr + places, sampling_noise.log_exponential(tl.load(words_ptr + places).to(tl.uint32)))
 
 
 def test_noise_keeps_its_tails() -> None:
@@ -220,7 +220,7 @@ def test_search_alone_finds_the_same_tokens(
 ) -> None:
     """Without the second draw, rejected rows go straight to the search for their thresholds."""
     launches = []
-    kernel = sampling._draw_kernel
+    kernel = sampling.draw_kernel
 
     class FirstDrawOnly:
         def __getitem__(self, grid: tuple[int, int]) -> Any:
@@ -231,7 +231,7 @@ def test_search_alone_finds_the_same_tokens(
 
             return launch
 
-    monkeypatch.setattr(sampling, "_draw_kernel", FirstDrawOnly())
+    monkeypatch.setattr(sampling, "draw_kernel", FirstDrawOnly())
     make_case(random_logits(3, VOCAB), dtype, **options).check()
     assert launches == [False, True]
 
