@@ -119,7 +119,7 @@ class Supervisor:
             )
         self._process = process
         if self._stopping:  # meanwhile
-            process.kill()
+            self.kill_this_life()
         launch = Launch(
             address=self.address,
             epoch=self.epoch,
@@ -212,7 +212,7 @@ class Supervisor:
             logger.error("the engine did not tell its stack within %.0f s", STACK_TIMEOUT_S)
 
     def _send_signal(self, pid: int, number: signal.Signals) -> None:
-        # Not Process.send_signal alone: the process may have ended, and been waited for, in between.
+        # Not Process.kill or send_signal: uvloop's raise where the process has ended and nobody has been told yet.
         if self.pid == pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -220,8 +220,7 @@ class Supervisor:
     def kill(self) -> None:
         """End the engine without asking, as for one that is loading and reads no messages."""
         self._stopping = True
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        self.kill_this_life()
 
     def kill_this_life(self) -> None:
         """End an engine that is of no use. It counts as a death."""
@@ -236,7 +235,7 @@ class Supervisor:
             try:
                 await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
             except TimeoutError:
-                process.kill()
+                self.kill_this_life()
                 await process.wait()
         if self._watch is not None:
             await self._watch

@@ -13,8 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from engine.config import EngineConfig
 from engine.messages import CrashPoint
 from engine.sampling_params import SamplingParams, choice_seed
+from engine.supervisor import Supervisor
 from tests.crashes import Crowd, Reader, kill, make_model, pid_of, running, until
 from tests.fake_runner import expected_tokens
 
@@ -146,6 +148,35 @@ def test_the_engine_ends_soon_after_its_frontend_was_killed(tmp_path: Path, phas
             assert time.monotonic() - started_s < END_TIMEOUT_S
             time.sleep(0.01)
         print(f"ended {(time.monotonic() - started_s) * 1e3:.0f} ms after its frontend")
+
+
+def test_an_engine_that_ends_just_when_it_is_to_be_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As uvloop has it: the process is gone, nobody has been told yet, and a signal to it raises."""
+    monkeypatch.setattr("engine.supervisor.STOP_TIMEOUT_S", 0.01)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+
+    class Gone:
+        pid, returncode = ended.pid, None
+        num_waits = 0
+
+        async def wait(self) -> int:
+            self.num_waits += 1
+            if self.num_waits == 1:
+                await asyncio.sleep(600)
+            return 0
+
+        def kill(self) -> None:
+            raise ProcessLookupError
+
+    async def scenario() -> None:
+        supervisor = Supervisor(EngineConfig())
+        supervisor._process = process = Gone()  # type: ignore[assignment]
+        supervisor.kill()
+        await supervisor.stop()
+        assert process.num_waits == 2
+
+    asyncio.run(scenario())
 
 
 def is_alive(process: psutil.Process) -> bool:
