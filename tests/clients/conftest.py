@@ -41,7 +41,7 @@ class FullServer:
 @pytest.fixture(scope="package")
 def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FullServer]:
     port = free_port()
-    flags = ["tiny", "--port", str(port), "--api-key", KEY, "--max-open-requests", "1"]
+    flags = ["tiny", "--port", str(port), "--api-key", KEY, "--max-open-requests", "1", "--read-timeout-s", "3600"]
     with (tmp_path_factory.mktemp("clients") / "full.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "tests.server.fake_serve", *flags], stdout=log, stderr=log)
     try:

