@@ -41,7 +41,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "minContains": (),
     "not": (False,),
     "nullable": (False,),
-    "propertyNames": (True, {}),
+    "propertyNames": (True, {}, {"type": "string"}),  # the last as zod writes a record
     "then": (),
     "unevaluatedItems": (True, {}),
     "unevaluatedProperties": (True, {}),
@@ -140,7 +140,7 @@ class _Copy:
         seen_ahead: list[Any] = []
         for keyword, value in schema.items():
             if keyword in UNSUPPORTED and self._param is not None:
-                if not any(value is neutral or (value == neutral and value == {}) for neutral in UNSUPPORTED[keyword]):
+                if not any(type(value) is type(neutral) and value == neutral for neutral in UNSUPPORTED[keyword]):
                     self._refuse(f"holds the keyword {keyword}, which is not supported")
             elif keyword in _SCHEMA_MAPS and isinstance(value, dict):
                 copy[keyword] = {name: self.of(child) for name, child in value.items()}

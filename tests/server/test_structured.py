@@ -231,9 +231,16 @@ def test_an_unsupported_keyword_is_refused_by_name_wherever_it_stands(keyword: s
             checked_schema(schema if draft is None else {"$schema": draft, **schema}, "schema")
 
 
-def test_what_asks_for_nothing_or_is_no_keyword_is_left_alone() -> None:
-    neutral = {keyword: values[0] for keyword, values in UNSUPPORTED.items() if values}
-    assert schema_accepts({"type": "integer", **neutral}, "1", '"a"') == [True, False]
+@pytest.mark.parametrize("keyword", sorted(keyword for keyword, values in UNSUPPORTED.items() if values))
+def test_what_asks_for_nothing_is_left_out(keyword: str) -> None:
+    for neutral in UNSUPPORTED[keyword]:
+        schema = json.loads(json.dumps({"type": "object", keyword: neutral, "additionalProperties": {"type": "integer"}}))
+        assert schema_accepts(schema, '{"a":1}', '{"a":"b"}', "1") == [True, False, False]
+    with pytest.raises(InvalidRequest):
+        checked_schema({keyword: 0}, "schema")  # which Python takes for equal to False
+
+
+def test_what_is_no_keyword_is_left_alone() -> None:
     named = {
         "type": "object",
         "properties": {"not": {"const": {"if": 1}}},
