@@ -79,7 +79,8 @@ def until(condition: Any, timeout_s: float = 60) -> None:
 
 
 def test_a_stream_goes_on_with_comments_meanwhile_and_new_requests_wait(tmp_path: Path) -> None:
-    with serving(tmp_path, None, step_s=0.01, load_s=12) as server:
+    with serving(tmp_path, None, step_s=0.01) as server:
+        make_model(tmp_path / "model", step_s=0.01, load_s=12)  # the next engine takes its time
         stream = Stream(server, [5], 300)
         until(lambda: len(stream.events) > 10)
         engine = engine_of(server)
@@ -105,7 +106,8 @@ def expected_tokens_of(prompt: list[int], count: int) -> list[int]:
 
 
 def test_new_requests_are_told_when_to_come_again(tmp_path: Path) -> None:
-    with serving(tmp_path, None, "--restart-wait-s", "0.5", load_s=5) as server:
+    with serving(tmp_path, None, "--restart-wait-s", "0.5") as server:
+        make_model(tmp_path / "model", load_s=5)  # the next engine takes its time
         engine = engine_of(server)
         assert engine is not None
         os.kill(engine.pid, signal.SIGKILL)
