@@ -77,4 +77,4 @@ def _described(tool: FunctionTool) -> dict[str, object]:
 def _read_call(tape: Tape) -> Reading[None]:
     yield from read_json_call(tape)
     if (yield from tape.peek()):
-        yield from tape.take_end(_CLOSE)
+        yield from tape.take_or_rest(_CLOSE)

@@ -90,12 +90,12 @@ class _CallReader:
             yield from _read_parameter(tape, properties)
             separator = ", "
             yield from tape.peek()
-            is_parameter = yield from tape.take(_PARAMETER)
+            is_parameter = yield from tape.take_or_rest(_PARAMETER)
             if not is_parameter:
                 yield from tape.expect(_FUNCTION_END)
         tape.write_arguments("}" if separator == ", " else "{}")
         if (yield from tape.peek()):
-            yield from tape.take_end(_CLOSE)
+            yield from tape.take_or_rest(_CLOSE)
 
 
 def _read_parameter(tape: Tape, properties: Mapping[str, Any]) -> Reading[None]:

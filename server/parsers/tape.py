@@ -91,8 +91,8 @@ class Tape:
         self.position += len(literal)
         return True
 
-    def take_end(self, literal: str) -> Reading[bool]:
-        """The same of what ends a call: where the limit of tokens cuts it, what there is of it is read too, being no text."""
+    def take_or_rest(self, literal: str) -> Reading[bool]:
+        """The same of a mark within a call: where the limit of tokens cuts it, what is there is read too, being no text."""
         if (yield from self.take(literal)):
             return True
         if self.is_final and literal.startswith(self.text[self.position :]):
@@ -101,7 +101,7 @@ class Tape:
 
     def expect(self, literal: str) -> Reading[None]:
         """Raises Broken where something else comes."""
-        if not (yield from self.take_end(literal)):
+        if not (yield from self.take_or_rest(literal)):
             raise Broken
 
     def read_name(self, *, before: str = "") -> Reading[str]:

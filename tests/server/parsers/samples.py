@@ -295,6 +295,11 @@ _QWEN_CODER = {
     "cut in a value": ("<function=weather><parameter=city>Par", "", [("weather", '{"city": "Par')]),
     "cut in a number": ("<function=weather><parameter=days>12", "", [("weather", '{"days": ')]),
     "cut in the end tag": ("<tool_call><function=now></function>\n</tool_", "", [("now", "{}")]),
+    "cut in the next parameter's tag": (
+        "<function=weather><parameter=city>a</parameter>\n<para",
+        "",
+        [("weather", '{"city": "a"')],
+    ),
     "cut in the function's end": ("<function=weather><parameter=city>a</parameter></fun", "", [("weather", '{"city": "a"')]),
 }
 
