@@ -28,6 +28,7 @@ from server.admission import Admission
 from server.api import admin, chat, completions, embeddings, health, models, responses, tokenize
 from server.api.body import IGNORED_FIELDS_HEADER, BodyLimits
 from server.config import ServerConfig
+from server.connections import ConnectionBound
 from server.drain import Drain
 from server.drain_gate import DrainGate
 from server.file_limit import METRICS_CONNECTIONS, possible_connections
@@ -212,16 +213,16 @@ def _uvicorn_config(
     app: ASGIApp, config: ServerConfig, max_connections: int, observe_refused: Callable[[], None] = lambda: None
 ) -> uvicorn.Config:
     cert, key = config.tls_cert, config.tls_key
+    bound = ConnectionBound(max_connections, observe_refused)
     return uvicorn.Config(
         app,
         http=limited_protocol(
             read_timeout_s=config.read_timeout_s,
             write_timeout_s=config.write_timeout_s,
             max_body_bytes=config.max_body_bytes,
-            max_connections=max_connections,
-            observe_refused=observe_refused,
+            bound=bound,
         ),
-        ssl_context_factory=None if cert is None else lambda *_: tls_context(cert, key),
+        ssl_context_factory=None if cert is None else lambda *_: tls_context(cert, key, bound.may_shake_hands),
         ws="none",
         lifespan="off",
         log_config=None,

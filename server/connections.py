@@ -17,8 +17,8 @@ Place = Literal["served", "refused", "dropped"]
 
 class ConnectionBound:
     """most: connections that are served at once. Of those beyond, MOST_REFUSED at a time are told so, and others not even that,
-    so that they are always few however many come. Connections of TLS count from the end of their handshake.
-    observe_refused: is told of each that is not served.
+    so that they are always few however many come. Those of TLS enter when their handshake is done, and may begin it where there
+    would be room for them then. observe_refused: is told of each that is not served.
     """
 
     def __init__(self, most: int, observe_refused: Callable[[], None] = lambda: None) -> None:
@@ -39,6 +39,14 @@ class ConnectionBound:
             self._observe_refused()
             self._warn()
         return place
+
+    def may_shake_hands(self, num_begun: int) -> bool:
+        """Whether a connection may begin its handshake, beside as many that have not done theirs; otherwise it is closed."""
+        if self._num["served"] + self._num["refused"] + num_begun < self.most + MOST_REFUSED:
+            return True
+        self._observe_refused()
+        self._warn()
+        return False
 
     def leave(self, place: Place) -> None:
         self._num[place] -= 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -251,14 +250,13 @@ def limited_protocol(
     read_timeout_s: float,
     write_timeout_s: float,
     max_body_bytes: int,
-    max_connections: int,
-    observe_refused: Callable[[], None],
+    bound: ConnectionBound,
 ) -> Any:
-    """LimitedProtocol for uvicorn, which makes one for every connection. observe_refused: is told of each too many."""
+    """LimitedProtocol for uvicorn, which makes one for every connection."""
     return functools.partial(
         LimitedProtocol,
         read_timeout_s=read_timeout_s,
         write_timeout_s=write_timeout_s,
         max_body_bytes=max_body_bytes,
-        bound=ConnectionBound(max_connections, observe_refused),
+        bound=bound,
     )

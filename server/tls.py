@@ -7,6 +7,8 @@ import fcntl
 import ssl
 import struct
 import termios
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,46 @@ def check_tls(cert: str | None, key: str | None) -> None:
     tls_context(cert, key)
 
 
-def tls_context(cert: str, key: str | None) -> ssl.SSLContext:
-    """TLS 1.2 or later. key: None where the certificate's file holds it too. Raises ConfigError."""
+class _Session(ssl.SSLObject):
+    def do_handshake(self) -> None:
+        is_over = True
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            is_over = False
+            raise
+        finally:
+            if is_over and isinstance(self.context, _BoundedContext):
+                self.context.handshakes.discard(self)
+
+
+class _BoundedContext(ssl.SSLContext):
+    """may_begin: whether one more connection may begin its handshake, beside so many that have not done theirs. The event loop
+    tells nobody of a connection before its handshake is done, but it asks its context for each.
+
+    handshakes: that are not done; one whose client has gone, or took too long, goes with the loop's own record of it. uvloop
+    drops that at once; asyncio's loop leaves it to a garbage collection.
+    """
+
+    sslobject_class = _Session
+    may_begin: Callable[[int], bool]
+    handshakes: weakref.WeakSet[ssl.SSLObject]
+
+    def wrap_bio(self, *args: Any, **options: Any) -> ssl.SSLObject:
+        if not self.may_begin(len(self.handshakes)):
+            raise ssl.SSLError("too many connections")
+        session = super().wrap_bio(*args, **options)
+        self.handshakes.add(session)
+        return session
+
+
+def tls_context(cert: str, key: str | None, may_begin: Callable[[int], bool] = lambda num_begun: True) -> ssl.SSLContext:
+    """TLS 1.2 or later. key: None where the certificate's file holds it too. may_begin: whether a handshake may begin while so
+    many are not done; a connection that may not is closed. Raises ConfigError."""
     for param, name in (("tls_cert", cert), ("tls_key", key)):
         _check_readable(param, name)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = _BoundedContext(ssl.PROTOCOL_TLS_SERVER)
+    context.may_begin, context.handshakes = may_begin, weakref.WeakSet()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     where = "tls_key" if key else "tls_cert"

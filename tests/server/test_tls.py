@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import ssl
@@ -10,13 +11,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from engine.errors import ConfigError
-from server import limits
+from server import connections, limits
 from server.config import load_config
 from server.tls import check_tls
+from tests.metrics_text import metric
 from tests.server.fake_client import FakeEngineClient
-from tests.server.served import ask, served
+from tests.server.served import LIMIT_S, ask, served
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
@@ -73,6 +76,41 @@ async def _plain(port: int) -> bytes:
         return b""
     finally:
         writer.close()
+
+
+def test_handshakes_that_are_not_done_are_few_and_go_away(identity: tuple[str, str]) -> None:
+    """On the event loop that serves."""
+    cert, key = identity
+    tls = ssl.create_default_context(cafile=cert)
+    most = 1 + connections.MOST_REFUSED
+
+    async def scenario() -> None:
+        async with served(tls_cert=cert, tls_key=key, max_connections=1) as (server, port):
+            for _ in range(2):
+                for _ in range(most):
+                    await _plain(port)  # a handshake that fails
+                silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(most + 5)]
+                for reader, _ in silent[most:]:
+                    await _end_of(reader)  # at once; the others are waited for
+                assert not any(reader.at_eof() for reader, _ in silent[:most])
+                with pytest.raises(OSError):
+                    await ask(port, GET, tls=tls)
+                for _, writer in silent:
+                    writer.close()
+                while server.config.ssl.handshakes:  # type: ignore[union-attr]
+                    await asyncio.sleep(0.01)
+                assert (await ask(port, GET, tls=tls)).status == 200
+                while server.server_state.connections:
+                    await asyncio.sleep(0.01)
+            text = (await ask(port, GET.replace(b"/v1/models", b"/metrics"), tls=tls)).body.decode()
+            assert metric(text, "octavo_connections_refused_total") >= 2 * 6
+
+    uvloop.run(asyncio.wait_for(scenario(), LIMIT_S))
+
+
+async def _end_of(reader: asyncio.StreamReader) -> None:
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
 
 
 @pytest.mark.parametrize("ends_by", ["the server's end", "Connection: close"])
