@@ -61,6 +61,7 @@ DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draf
 
 MAX_DEPTH = 100  # of nested arrays and objects
 MAX_BYTES = 2**20
+_LAST_DOUBLE = 2**63 - 1024  # before 2**63
 # Between two tokens of JSON: nothing, a space, or a line break and its indentation.
 WHITESPACE = r"( |\n {0,20})"
 
@@ -106,8 +107,20 @@ def schema_text(schema: dict[str, Any], param: str) -> str:
     return text
 
 
+def _within_doubles(bound: int | float, *, is_upper: bool) -> int | float:
+    """The bound, or the next one within it that the library reads as it is: it rounds to doubles, also outwards, and refuses
+    those from 2**63 on."""
+    if not is_upper:
+        return -_within_doubles(-bound, is_upper=True)
+    if not -_LAST_DOUBLE <= bound < math.inf:
+        return bound  # not finite, or nothing that the library knows is within it
+    bound = min(bound, _LAST_DOUBLE)
+    nearest = float(bound)
+    return bound if nearest == bound else int(nearest if nearest < bound else math.nextafter(nearest, -math.inf))
+
+
 def _share_integer_part(whole: float, other: float) -> bool:
-    is_finite = math.isfinite(whole) and math.isfinite(other)
+    is_finite = abs(whole) < math.inf and abs(other) < math.inf  # also of an integer that is too long for a double
     return is_finite and whole == int(whole) == int(other) != other
 
 
@@ -190,6 +203,9 @@ class _Copy:
                 del schema[exclusive]
                 if is_exclusive and inclusive in schema:
                     schema[exclusive] = schema.pop(inclusive)
+            for keyword in (exclusive, inclusive):
+                if isinstance(bound := schema.get(keyword), int | float) and not isinstance(bound, bool):
+                    schema[keyword] = _within_doubles(bound, is_upper=inclusive == "maximum")
         types = schema.get("type", "number")
         if "number" not in (types if isinstance(types, list) else [types]):
             return

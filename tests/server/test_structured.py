@@ -360,6 +360,24 @@ def test_a_pattern_that_cannot_be_taken_apart_is_left_as_it_is(pattern: str) -> 
     assert without_look_aheads(pattern) == [pattern]
 
 
+@pytest.mark.parametrize("kind", ["integer", "number"])
+def test_bounds_that_are_no_doubles_are_never_exceeded(kind: str) -> None:
+    """The library rounds them to the nearest double, and refuses those from 2**63 on."""
+    for bound in (2**53 + 1, 2**53 + 3, 2**60 + 129, 2**63 - 1, -(2**53) - 3):
+        beyond = [str(bound + distance) for distance in (1, 2, 64, 600)]
+        accepted = schema_accepts({"type": kind, "maximum": bound}, str(bound - 1500), *beyond)
+        assert accepted == [True, False, False, False, False], bound
+        mirrored = [text[1:] if text.startswith("-") else f"-{text}" for text in beyond]
+        accepted = schema_accepts({"type": kind, "minimum": -bound}, str(-bound + 1500), *mirrored)
+        assert accepted == [True, False, False, False, False], bound
+    for low, high in ((-(2**63), 2**63 - 1), (0, 2**64 - 1), (-3.4e38, 3.4e38), (-(10**400), 10**400)):
+        assert schema_accepts({"type": kind, "minimum": low, "maximum": high}, "0", str(2**63 - 1024)) == [True, True]
+    assert schema_accepts({"type": kind, "exclusiveMaximum": 2**53 + 1}, str(2**53 - 1), str(2**53 + 1)) == [True, False]
+    assert "minimum" in checked_schema({"type": kind, "minimum": 10**400, "exclusiveMaximum": 1}, "schema")
+    small = {"minimum": -0.5, "exclusiveMaximum": 2**53, "maximum": 1e3}
+    assert checked_schema(small, "schema") == small
+
+
 def test_draft_4_says_exclusive_with_true() -> None:
     schema = {"type": "integer", "minimum": 3, "exclusiveMinimum": True, "maximum": 9, "exclusiveMaximum": False}
     assert schema_accepts(schema, "3", "4", "9", "10") == [False, True, True, False]
