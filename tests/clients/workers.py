@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 PROGRAMS = Path(__file__).parent / "programs"
 NODE = Path(__file__).parent / "node"
-TIMEOUT_S = 100
+TIMEOUT_S = 280
 
 # Nothing is fetched while tests run: whatever tries meets a closed port, at once.
 _NOWHERE = "http://127.0.0.1:9"

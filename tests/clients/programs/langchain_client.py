@@ -28,7 +28,7 @@ CAPITAL = "What is the capital of France?"
 
 
 def _chat(target: Target, **options: object) -> ChatOpenAI:
-    common = {"base_url": target.v1, "api_key": target.key, "model": target.model, "max_retries": 0, "timeout": 60}
+    common = {"base_url": target.v1, "api_key": target.key, "model": target.model, "max_retries": 0, "timeout": 240}
     return ChatOpenAI(**{**common, "temperature": 0, **options})
 
 

@@ -30,7 +30,7 @@ litellm.suppress_debug_info = True
 
 def _at(target: Target, model: str | None = None) -> dict[str, Any]:
     name = f"openai/{model or target.model}"
-    return {"model": name, "api_base": target.v1, "api_key": target.key, "max_retries": 0, "timeout": 60}
+    return {"model": name, "api_base": target.v1, "api_key": target.key, "max_retries": 0, "timeout": 240}
 
 
 def list_models(target: Target) -> None:

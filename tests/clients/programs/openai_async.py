@@ -27,7 +27,7 @@ from harness import (
 
 def _run(target: Target, talk: Callable[[openai.AsyncOpenAI], Awaitable[None]]) -> None:
     async def run() -> None:
-        async with openai.AsyncOpenAI(base_url=target.v1, api_key=target.key, max_retries=0, timeout=60) as client:
+        async with openai.AsyncOpenAI(base_url=target.v1, api_key=target.key, max_retries=0, timeout=240) as client:
             await talk(client)
 
     asyncio.run(run())

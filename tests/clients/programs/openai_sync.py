@@ -26,7 +26,7 @@ from harness import (
 
 
 def _client(target: Target) -> openai.OpenAI:
-    return openai.OpenAI(base_url=target.v1, api_key=target.key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=target.v1, api_key=target.key, max_retries=0, timeout=240)
 
 
 def _ask(target: Target, **options: Any) -> Any:
