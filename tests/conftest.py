@@ -11,13 +11,13 @@ import pytest
 if not Path("/proc/driver/nvidia/version").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Those that take longer than 20 s, begun first, so that none is left to one process in the end. From a run on two cores
-# with --durations; a file that is not here comes in its place.
+# Those that take about 20 s and more, begun first, so that none is left to one process in the end. From a run on two cores with
+# --durations. The device path, third, starts no servers while the two before it do.
 LONGEST_FIRST = (
     "tests/clients/test_clients.py",
     "tests/test_server_with_demo_model.py",
-    "tests/test_crash_with_tiny_model.py",
     "tests/engine/test_device_path.py",
+    "tests/test_crash_with_tiny_model.py",
     "tests/scripts/test_bench_frontend.py",
     "tests/test_exactness.py",
     "tests/test_completions_with_demo_model.py",
