@@ -69,6 +69,7 @@ class RequestLog:
             record.status = record.status or 500  # which starlette sends, outside of every layer
             raise
         finally:
+            scope.pop(SEND_BODY)  # it knows the scope: whatever the request made would stay until a garbage collection
             record.total_s = time.monotonic() - record.started_s
             logger.log(logging.DEBUG if is_quiet else logging.INFO, "request", extra={"summary": record})
             if trace is not None:

@@ -40,6 +40,8 @@ class StallWatch:
             self._look_later()
 
     def stop(self) -> None:
+        """For good. The connection is let go of: it knows this watch, and would stay until a garbage collection."""
+        self._is_answering = _never
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -63,6 +65,10 @@ class StallWatch:
             self._transport.abort()
             return
         self._look_later()
+
+
+def _never() -> bool:
+    return False
 
 
 def _bytes_taken(transport: asyncio.Transport) -> int | None:

@@ -245,6 +245,7 @@ class Generation:
         self._closed = True
         for stream in self._streams:
             stream.abort()
+            stream.shortcut = None  # it knows us: request and answer would stay until a garbage collection
         self._leave_backlog()
         self._account()
         self._write_down()
