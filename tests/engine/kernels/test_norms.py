@@ -55,7 +55,8 @@ def test_norm_add_norm(shape: tuple[int, int], dtype: torch.dtype, style: dict[s
     total = residual + norms.rms_norm_reference(x, post_weight, 1e-5, **style)
     out = norms.norm_add_norm(x, post_weight, residual, next_weight, 1e-5, **style)
     assert error(residual, total) < TOLERANCE[dtype]
-    assert error(out, norms.rms_norm_reference(total, next_weight, 1e-5, **style)) < TOLERANCE[dtype]
+    # Of the sum as it was stored: one that cancels to almost nothing is only as exact as what it is the sum of.
+    assert error(out, norms.rms_norm_reference(residual, next_weight, 1e-5, **style)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("channels", [16_385, 40_000])
